@@ -1,0 +1,317 @@
+package coffer
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/coffer-box/coffer/internal/image"
+	"github.com/coffer-box/coffer/internal/logfile"
+	"github.com/coffer-box/coffer/internal/state"
+	"github.com/coffer-box/coffer/internal/supervise"
+	"github.com/coffer-box/coffer/internal/wire"
+)
+
+// FileInfo describes a file in a box.
+type FileInfo = wire.FileInfo
+
+// ProcessInfo is one process of a box.
+type ProcessInfo = wire.ProcessInfo
+
+// CopyOut writes a tar archive of a file or directory of the running box to w. Names begin with the last element of path.
+func (b *Box) CopyOut(ctx context.Context, path string, follow bool, w io.Writer) error {
+	return b.withAgent(ctx, func(c *wire.Client) error { return c.TarOut(ctx, path, follow, w) })
+}
+
+// CopyIn unpacks a tar archive into a directory of the running box.
+func (b *Box) CopyIn(ctx context.Context, dir string, r io.Reader) error {
+	return b.withAgent(ctx, func(c *wire.Client) error { return c.TarIn(ctx, dir, r, wire.TarInOptions{NoOverwriteDir: true}) })
+}
+
+// Stat describes a file of the running box.
+func (b *Box) Stat(ctx context.Context, path string, follow bool) (FileInfo, error) {
+	var fi FileInfo
+	err := b.withAgent(ctx, func(c *wire.Client) error {
+		var err error
+		fi, err = c.Stat(ctx, path, follow)
+		return err
+	})
+	return fi, err
+}
+
+// Processes lists what runs in the box.
+func (b *Box) Processes(ctx context.Context) ([]ProcessInfo, error) {
+	var out []ProcessInfo
+	err := b.withAgent(ctx, func(c *wire.Client) error {
+		var err error
+		out, err = c.Processes(ctx)
+		return err
+	})
+	return out, err
+}
+
+// LogOptions say what of the output is wanted.
+type LogOptions struct {
+	Follow bool
+	Since  time.Time // zero: from the beginning
+	Tail   int       // the last lines; negative: everything
+}
+
+// LogEntry is one piece of the main process' output, as it came.
+type LogEntry struct {
+	Time   time.Time
+	Stderr bool
+	Data   []byte
+}
+
+// Logs calls fn for every piece of output of the main process, of all starts of the box that are still kept, oldest first. With
+// Follow it goes on until the box does not run any more.
+func (b *Box) Logs(ctx context.Context, o LogOptions, fn func(LogEntry) error) error {
+	rec, err := b.rt.db.Get(ctx, b.id)
+	if err != nil {
+		return err
+	}
+	path := b.rt.home.Box(b.id).Log()
+	skip := 0
+	if o.Tail >= 0 {
+		n, err := countLines(path, o.Since)
+		if err != nil {
+			return err
+		}
+		skip = max(0, n-o.Tail)
+	}
+	var lines lineCounter
+	emit := func(e logfile.Entry) error {
+		if e.Time.Before(o.Since) {
+			return nil
+		}
+		data := e.Data()
+		if skip > 0 {
+			if data = lines.after(skip, e); len(data) == 0 {
+				return nil
+			}
+		}
+		return fn(LogEntry{Time: e.Time, Stderr: e.Stream == logfile.Stderr, Data: data})
+	}
+	if !o.Follow {
+		s, err := logfile.Snap(path)
+		if err != nil {
+			return err
+		}
+		return s.Each(emit)
+	}
+	w, err := supervise.Watch(b.rt.home.Box(rec.ID).ShimLock())
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	return logfile.Follow(ctx, path, func() (bool, error) {
+		if w == nil {
+			return true, nil
+		}
+		held, err := w.Held()
+		return !held, err
+	}, emit)
+}
+
+func countLines(path string, since time.Time) (int, error) {
+	s, err := logfile.Snap(path)
+	if err != nil {
+		return 0, err
+	}
+	var lines lineCounter
+	err = s.Each(func(e logfile.Entry) error {
+		if !e.Time.Before(since) {
+			lines.after(math.MaxInt, e)
+		}
+		return nil
+	})
+	return lines.begun, err
+}
+
+// lineCounter numbers the lines of a log, in the order in which they were begun. A line may come in several pieces, with pieces
+// of the other stream between them.
+type lineCounter struct {
+	begun int
+	open  map[string]int // number of the unfinished line of a stream
+}
+
+// after counts an entry's lines and returns what of them belongs to later ones than the first skip.
+func (c *lineCounter) after(skip int, e logfile.Entry) []byte {
+	if c.open == nil {
+		c.open = map[string]int{}
+	}
+	var out []byte
+	for line := range bytes.Lines(e.Data()) {
+		n, within := c.open[e.Stream]
+		if !within {
+			c.begun++
+			n = c.begun
+		}
+		if bytes.HasSuffix(line, []byte("\n")) {
+			delete(c.open, e.Stream)
+		} else {
+			c.open[e.Stream] = n
+		}
+		if n > skip {
+			out = append(out, line...)
+		}
+	}
+	return out
+}
+
+// Event is one thing that happened to a box.
+type Event = state.Event
+
+// Events yields what happened after a time and, with follow, what happens, until ctx ends.
+func (r *Runtime) Events(ctx context.Context, since time.Time, follow bool) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) {
+		var after, version int64
+		for {
+			now, err := r.db.Version(ctx)
+			if err == nil && (after == 0 || now != version) {
+				version = now
+				var events []Event
+				events, err = r.db.Events(ctx, after)
+				for _, e := range events {
+					after = e.Seq
+					if !e.Time.Before(since) && !yield(e, nil) {
+						return
+					}
+				}
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil {
+				yield(Event{}, err)
+				return
+			}
+			if !follow {
+				return
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	}
+}
+
+// Image describes an image of the home's store.
+type Image = image.Image
+
+// Images lists the images.
+func (r *Runtime) Images(ctx context.Context) ([]Image, error) { return r.images.List(ctx) }
+
+// LoadImage loads images from an OCI layout, or an archive of one or of `docker save`. An empty path means r.
+func (r *Runtime) LoadImage(ctx context.Context, path string, in io.Reader) ([]Image, error) {
+	return r.images.Load(ctx, image.Source{Path: path, Reader: in}, image.Options{})
+}
+
+// ImportImage makes an image of one layer from a root file system: an archive or a directory. Changes are lines of a Dockerfile
+// that set its configuration ("CMD sh", "ENV A=b").
+func (r *Runtime) ImportImage(ctx context.Context, path string, in io.Reader, ref string, changes []string) (Image, error) {
+	conf, err := image.NewConfig(changes)
+	if err != nil {
+		return Image{}, invalid("%w", err)
+	}
+	return r.images.Import(ctx, image.Source{Path: path, Reader: in}, ref, image.Options{Config: conf})
+}
+
+// RemovedImages is what a removal of images did.
+type RemovedImages = image.Removed
+
+// RemoveImage removes a name of an image, and with the last one the image. Images that boxes were made from are kept.
+func (r *Runtime) RemoveImage(ctx context.Context, ref string) (RemovedImages, error) {
+	used, err := r.imageUsers(ctx)
+	if err != nil {
+		return RemovedImages{}, err
+	}
+	return r.images.Remove(ctx, ref, used)
+}
+
+// PruneImages removes images without a name, or with all every image that no box was made from.
+func (r *Runtime) PruneImages(ctx context.Context, all bool) (RemovedImages, error) {
+	used, err := r.imageUsers(ctx)
+	if err != nil {
+		return RemovedImages{}, err
+	}
+	return r.images.Prune(ctx, all, used)
+}
+
+func (r *Runtime) imageUsers(ctx context.Context) (func(string) []string, error) {
+	boxes, err := r.db.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return func(id string) []string {
+		var out []string
+		for _, b := range boxes {
+			if b.Spec.ImageID == id {
+				out = append(out, b.Name)
+			}
+		}
+		return out
+	}, nil
+}
+
+// BaseImage is the name of the image that is part of the coffer program.
+const BaseImage = "base"
+
+// InstallBaseArg is the hidden command with which the helper puts its embedded image into a home.
+const InstallBaseArg = "_base"
+
+func (r *Runtime) resolveImage(ctx context.Context, ref string) (Image, error) {
+	if ref == "" {
+		return Image{}, invalid("no image given")
+	}
+	if ref == BaseImage || ref == BaseImage+":latest" {
+		if err := r.ensureBase(ctx); err != nil {
+			return Image{}, err
+		}
+	}
+	img, err := r.images.Resolve(ctx, ref)
+	if errors.Is(err, ErrImageNotFound) {
+		return img, fmt.Errorf("%w: load it with `coffer load` or `coffer import`, or use the image %q that is always there", err, BaseImage)
+	}
+	return img, err
+}
+
+// ensureBase has the helper install its image once per version of the helper, which is known by its file.
+func (r *Runtime) ensureBase(ctx context.Context) error {
+	helper, err := r.helperPath()
+	if err != nil {
+		return err
+	}
+	st, err := os.Stat(helper)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNoHelper, err)
+	}
+	mark, _ := json.Marshal([]any{helper, st.Size(), st.ModTime().UnixNano()})
+	path := filepath.Join(r.home.Images(), ".base-of")
+	if have, err := os.ReadFile(path); err == nil && string(have) == string(mark) {
+		if _, err := r.images.Resolve(ctx, BaseImage); err == nil {
+			return nil
+		}
+	}
+	cmd := exec.CommandContext(ctx, helper, InstallBaseArg, r.home.Root)
+	var msg strings.Builder
+	cmd.Stderr = &msg
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("install the image %s: %s: %w", BaseImage, strings.TrimSpace(msg.String()), err)
+	}
+	// A torn mark only costs another run.
+	return os.WriteFile(path, mark, 0o600)
+}

@@ -1,0 +1,315 @@
+// Package assets carries what a box needs besides the coffer program itself: the agent, the gVisor sentry, the scaffold image that
+// holds the agent, and the archive of the image `base`. They are embedded, so that one file can be copied anywhere, and taken out
+// once per version into the home directory, since a program must be a file to be run.
+//
+// The package starts nothing and knows nothing of boxes or images. Its files are made by the program in mkassets.
+//
+// # On disk
+//
+//	assets/<version>/coffer-sentry   program of the gvisor engine
+//	assets/<version>/coffer-agent    first process in a box
+//	assets/<version>/scaffold.erofs  what a sandbox sees before the box's own root is mounted
+//	assets/lock                      flock(2)ed by the process that takes a version out
+//	assets/.new-*                    a version being taken out
+//
+// A version's directory appears whole or not at all. Other versions are left alone: boxes may be running from them.
+package assets
+
+import (
+	"context"
+	"embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-box/coffer/internal/erofs"
+)
+
+//go:embed data
+var embedded embed.FS
+
+// ErrMissing says that this program was built without its embedded parts.
+var ErrMissing = errors.New("this build has no embedded engine: run make build")
+
+// Names of the embedded files; each stands compressed under its name with ".zst".
+const (
+	FileAgent    = "coffer-agent"
+	FileSentry   = "coffer-sentry"
+	FileBase     = "base.tar"
+	FileManifest = "manifest.json"
+
+	fileScaffold = "scaffold.erofs"
+)
+
+// Manifest describes the embedded files. The generator writes it.
+type Manifest struct {
+	Version string          `json:"version"` // digest over all that follows
+	GOARCH  string          `json:"goarch"`
+	Files   map[string]File `json:"files"`
+}
+
+// File is one embedded file.
+type File struct {
+	Size   int64  `json:"size"`   // unpacked
+	SHA256 string `json:"sha256"` // of the unpacked file
+}
+
+// Set is where the parts of one version are.
+type Set struct {
+	Version  string
+	Sentry   string // paths
+	Agent    string
+	Scaffold string
+
+	BaseDigest string // "sha256:…" of the archive of the image `base`
+	src        fs.FS
+	base       File
+}
+
+// Version returns the version of the embedded parts, and [ErrMissing] where there are none. It touches no disk.
+func Version() (string, error) {
+	m, err := readManifest(embedded)
+	return m.Version, err
+}
+
+// Ensure returns the parts of this program's version, and takes them out into home first if need be.
+func Ensure(ctx context.Context, home string) (Set, error) {
+	return ensure(ctx, embedded, home)
+}
+
+// OpenBase returns the archive of the image `base`, unpacked, as a plain root file system.
+func (s Set) OpenBase() (io.ReadCloser, error) {
+	return openPacked(s.src, FileBase)
+}
+
+func readManifest(src fs.FS) (Manifest, error) {
+	var m Manifest
+	b, err := fs.ReadFile(src, "data/"+FileManifest)
+	if errors.Is(err, fs.ErrNotExist) {
+		return m, ErrMissing
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &m)
+	}
+	if err != nil {
+		return m, fmt.Errorf("read the manifest of the embedded parts: %w", err)
+	}
+	for _, name := range []string{FileAgent, FileSentry, FileBase} {
+		if _, ok := m.Files[name]; !ok {
+			return m, fmt.Errorf("%s is not embedded: %w", name, ErrMissing)
+		}
+	}
+	if m.GOARCH != runtime.GOARCH {
+		return m, fmt.Errorf("this coffer is for %[2]s, and the parts embedded in it are for %[1]s: build it with GOARCH=%[2]s make build", m.GOARCH, runtime.GOARCH)
+	}
+	return m, nil
+}
+
+func ensure(ctx context.Context, src fs.FS, home string) (Set, error) {
+	m, err := readManifest(src)
+	if err != nil {
+		return Set{}, err
+	}
+	dir := filepath.Join(home, "assets", m.Version)
+	set := Set{
+		Version:    m.Version,
+		Sentry:     filepath.Join(dir, FileSentry),
+		Agent:      filepath.Join(dir, FileAgent),
+		Scaffold:   filepath.Join(dir, fileScaffold),
+		BaseDigest: "sha256:" + m.Files[FileBase].SHA256,
+		src:        src,
+		base:       m.Files[FileBase],
+	}
+	if set.whole(m) {
+		return set, nil
+	}
+	if err := set.takeOut(ctx, m, filepath.Dir(dir)); err != nil {
+		return Set{}, fmt.Errorf("take out the embedded parts: %w", err)
+	}
+	return set, nil
+}
+
+// whole says if all files are there, with the right sizes. Their contents were checked when they were written, and the directory
+// got its name only then.
+func (s Set) whole(m Manifest) bool {
+	for path, size := range map[string]int64{
+		s.Sentry:   m.Files[FileSentry].Size,
+		s.Agent:    m.Files[FileAgent].Size,
+		s.Scaffold: -1,
+	} {
+		fi, err := os.Stat(path)
+		if err != nil || size >= 0 && fi.Size() != size || fi.Size() == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// takeOut makes the version's directory. One process does it, others wait and find it done.
+func (s Set) takeOut(ctx context.Context, m Manifest, parent string) error {
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return err
+	}
+	unlock, err := lock(ctx, filepath.Join(parent, "lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if s.whole(m) {
+		return nil
+	}
+	// Only the holder of the lock makes these, so whatever there is belongs to nobody.
+	if left, err := filepath.Glob(filepath.Join(parent, ".new-*")); err == nil {
+		for _, dir := range left {
+			os.RemoveAll(dir)
+		}
+	}
+	tmp, err := os.MkdirTemp(parent, ".new-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	// The jail's user, who is nobody on this host, must be able to run what is here.
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return err
+	}
+	for _, name := range []string{FileSentry, FileAgent} {
+		if err := unpackTo(ctx, s.src, name, m.Files[name], filepath.Join(tmp, name)); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	if err := writeScaffold(ctx, filepath.Join(tmp, FileAgent), filepath.Join(tmp, fileScaffold)); err != nil {
+		return fmt.Errorf("%s: %w", fileScaffold, err)
+	}
+	if err := syncDir(tmp); err != nil {
+		return err
+	}
+	dir := filepath.Dir(s.Sentry)
+	if _, err := os.Lstat(dir); err == nil {
+		// Something is missing in it. What runs from there keeps its open files.
+		if err := os.Rename(dir, filepath.Join(tmp, "damaged")); err != nil {
+			return err
+		}
+		keep := tmp + "-whole"
+		if err := os.Mkdir(keep, 0o755); err != nil {
+			return err
+		}
+		defer os.RemoveAll(keep)
+		for _, name := range []string{FileSentry, FileAgent, fileScaffold} {
+			if err := os.Rename(filepath.Join(tmp, name), filepath.Join(keep, name)); err != nil {
+				return err
+			}
+		}
+		tmp = keep
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return err
+	}
+	return syncDir(parent)
+}
+
+// scaffoldDirs are where the agent mounts things before the box's own root is there.
+var scaffoldDirs = []string{"lower", "state", "newroot", "vol", "proc", "sys", "dev", "tmp"}
+
+// writeScaffold makes the image that a sandbox starts in: the agent and places to mount on.
+func writeScaffold(ctx context.Context, agent, path string) error {
+	in, err := os.Open(agent)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	fi, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	out, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o444)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	w := erofs.NewWriter(out, erofs.Options{})
+	data, err := w.Append(ctx, in, fi.Size())
+	if err != nil {
+		return err
+	}
+	root := newDir()
+	for _, name := range scaffoldDirs {
+		root.Children[name] = newDir()
+	}
+	root.Children["dev"].Children["pts"] = newDir()
+	root.Children["tmp"].Mode |= 0o1777
+	root.Children["agent"] = &erofs.Node{Mode: erofs.TypeRegular | 0o555, Data: data}
+	if err := w.Finish(ctx, root, [16]byte{}); err != nil {
+		return err
+	}
+	return out.Sync()
+}
+
+func newDir() *erofs.Node {
+	return &erofs.Node{Mode: erofs.TypeDir | 0o755, Children: map[string]*erofs.Node{}}
+}
+
+// packedFile is an embedded file being unpacked.
+type packedFile struct {
+	*zstd.Decoder
+	f fs.File
+}
+
+func (p packedFile) Close() error {
+	p.Decoder.Close()
+	return p.f.Close()
+}
+
+func openPacked(src fs.FS, name string) (io.ReadCloser, error) {
+	f, err := src.Open("data/" + name + ".zst")
+	if err != nil {
+		return nil, fmt.Errorf("%w (%w)", ErrMissing, err)
+	}
+	z, err := zstd.NewReader(f)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return packedFile{z, f}, nil
+}
+
+func lock(ctx context.Context, path string) (func(), error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			f.Close()
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("wait for another process that takes them out: %w", ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,538 @@
+package boxfs
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"math"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/abi/linux"
+	"gvisor.dev/gvisor/pkg/lisafs"
+)
+
+// file implements [lisafs.ControlFDImpl]: one object, held open.
+type file struct {
+	lisafs.ControlFD
+	t  *tree
+	fd int // in a box's layer readable, and writable if it is a plain file; of a volume whatever could be had
+}
+
+var _ lisafs.ControlFDImpl = (*file)(nil)
+
+// FD implements [lisafs.ControlFDImpl].
+func (f *file) FD() *lisafs.ControlFD {
+	if f == nil {
+		return nil
+	}
+	return &f.ControlFD
+}
+
+// Close implements [lisafs.ControlFDImpl].
+func (f *file) Close() { unix.Close(f.fd) }
+
+// Stat implements [lisafs.ControlFDImpl].
+func (f *file) Stat() (lisafs.Statx, error) { return f.t.stat(f.fd) }
+
+// reserved tells the names that the layer keeps for itself; a guest can neither see nor make them.
+func (t *tree) reserved(name string) bool { return !t.o.Host && strings.HasPrefix(name, tmpPrefix) }
+
+const tmpPrefix = ".coffer-tmp-"
+
+// openAt opens a child without following a link or waiting for a peer.
+func (t *tree) openAt(dir int, name string) (int, error) {
+	if t.reserved(name) {
+		return -1, unix.ENOENT
+	}
+	const flags = unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
+	if !t.o.Host {
+		fd, err := unix.Openat(dir, name, flags|unix.O_RDWR, 0)
+		if err == unix.EISDIR {
+			fd, err = unix.Openat(dir, name, flags|unix.O_RDONLY|unix.O_DIRECTORY, 0)
+		}
+		return fd, err
+	}
+	// O_PATH never touches a device, pipe or socket; what may be opened is opened from it on demand.
+	return unix.Openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+}
+
+// child makes the protocol's object for an open child.
+func (f *file) child(fd int, name string, mode uint16) *file {
+	c := &file{t: f.t, fd: fd}
+	parent := f.Node()
+	var node *lisafs.Node
+	parent.WithChildrenMu(func() {
+		if node = parent.LookupChildLocked(name); node == nil {
+			node = &lisafs.Node{}
+			node.InitLocked(name, parent)
+		} else {
+			node.IncRef()
+		}
+	})
+	c.ControlFD.Init(f.Conn(), node, linux.FileMode(mode), c)
+	return c
+}
+
+// Walk implements [lisafs.ControlFDImpl].
+func (f *file) Walk(name string) (*lisafs.ControlFD, lisafs.Statx, error) {
+	fd, err := f.t.openAt(f.fd, name)
+	if err != nil {
+		return nil, lisafs.Statx{}, err
+	}
+	return f.finish(fd, name)
+}
+
+// finish turns a freshly opened child into an answer.
+func (f *file) finish(fd int, name string) (*lisafs.ControlFD, lisafs.Statx, error) {
+	st, err := f.t.stat(fd)
+	if err != nil {
+		unix.Close(fd)
+		return nil, lisafs.Statx{}, err
+	}
+	return f.child(fd, name, st.Mode).FD(), st, nil
+}
+
+// WalkStat implements [lisafs.ControlFDImpl].
+func (f *file) WalkStat(path lisafs.StringArray, record func(lisafs.Statx)) error {
+	cur := f.fd
+	defer func() {
+		if cur != f.fd {
+			unix.Close(cur)
+		}
+	}()
+	if len(path) > 0 && path[0] == "" {
+		st, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		record(st)
+		path = path[1:]
+	}
+	for _, name := range path {
+		if !f.IsDir() && cur == f.fd {
+			return nil
+		}
+		fd, err := f.t.openAt(cur, name)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if cur != f.fd {
+			unix.Close(cur)
+		}
+		cur = fd
+		st, err := f.t.stat(fd)
+		if err != nil {
+			return err
+		}
+		record(st)
+		// Only directories are walked through; a link is the guest's to resolve, inside its own root.
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			return nil
+		}
+	}
+	return nil
+}
+
+// writable returns a descriptor for changing a file's content, and a function to let go of it.
+func (f *file) writable() (int, func(), error) {
+	if !f.t.o.Host {
+		return f.fd, func() {}, nil
+	}
+	fd, err := reopen(f.fd, unix.O_WRONLY|unix.O_NONBLOCK)
+	if err != nil {
+		return -1, nil, err
+	}
+	return fd, func() { unix.Close(fd) }, nil
+}
+
+// SetStat implements [lisafs.ControlFDImpl].
+func (f *file) SetStat(req lisafs.SetStatReq) (failed uint32, failure error) {
+	try := func(mask uint32, change func() error) {
+		if req.Mask&mask == 0 {
+			return
+		}
+		if err := change(); err != nil {
+			failed |= req.Mask & mask
+			failure = err
+		}
+	}
+	try(unix.STATX_SIZE, func() error {
+		fd, done, err := f.writable()
+		if err != nil {
+			return err
+		}
+		defer done()
+		return unix.Ftruncate(fd, int64(req.Size))
+	})
+	// Owners before modes: a change of owner clears setuid on the host, and the guest's kernel asks for both in the end state.
+	try(unix.STATX_UID|unix.STATX_GID, func() error { return f.chown(req) })
+	try(unix.STATX_MODE, func() error { return f.chmod(req.Mode &^ unix.S_IFMT) })
+	try(unix.STATX_ATIME|unix.STATX_MTIME, func() error { return f.utimes(req) })
+	return failed, failure
+}
+
+func (f *file) chown(req lisafs.SetStatReq) error {
+	if f.t.o.Host {
+		uid, gid := -1, -1
+		if req.Mask&unix.STATX_UID != 0 {
+			uid = int(uint32(req.UID) + f.t.o.IDOffset)
+		}
+		if req.Mask&unix.STATX_GID != 0 {
+			gid = int(uint32(req.GID) + f.t.o.IDOffset)
+		}
+		return unix.Fchownat(f.fd, "", uid, gid, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+	}
+	return f.change(func(m *meta) {
+		if req.Mask&unix.STATX_UID != 0 {
+			m.uid = uint32(req.UID)
+		}
+		if req.Mask&unix.STATX_GID != 0 {
+			m.gid = uint32(req.GID)
+		}
+	})
+}
+
+func (f *file) chmod(perm uint32) error {
+	if f.IsSymlink() {
+		return unix.EOPNOTSUPP
+	}
+	if f.t.o.Host {
+		// A guest must not plant a program on the host that runs with another's rights.
+		return unix.Chmod(procPath(f.fd), perm&^(unix.S_ISUID|unix.S_ISGID))
+	}
+	return f.change(func(m *meta) { m.perm = perm & 0o7777 })
+}
+
+func (f *file) change(fn func(*meta)) error {
+	m, err := loadMeta(f.fd, f.IsDir())
+	if err != nil {
+		return err
+	}
+	fn(&m)
+	return storeMeta(f.fd, m)
+}
+
+func (f *file) utimes(req lisafs.SetStatReq) error {
+	ts := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Nsec: unix.UTIME_OMIT}}
+	if req.Mask&unix.STATX_ATIME != 0 {
+		ts[0] = unix.Timespec{Sec: req.Atime.Sec, Nsec: int64(req.Atime.Nsec)}
+	}
+	if req.Mask&unix.STATX_MTIME != 0 {
+		ts[1] = unix.Timespec{Sec: req.Mtime.Sec, Nsec: int64(req.Mtime.Nsec)}
+	}
+	if f.t.o.Host && f.IsSymlink() {
+		return unix.EOPNOTSUPP
+	}
+	return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(f.fd), ts, 0)
+}
+
+// create makes a plain file that stands for a guest object of any type but directories.
+func (f *file) create(name string, typ uint32, m meta, content string) (int, error) {
+	if f.t.reserved(name) {
+		return -1, unix.EPERM
+	}
+	// It gets its name only when it is whole: a server may be killed between any two steps.
+	tmp := tmpName()
+	fd, err := unix.Openat(f.fd, tmp, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, filePerm)
+	if err != nil {
+		return -1, err
+	}
+	err = storeMeta(fd, m)
+	if bits := typeBits[typ]; err == nil && bits != 0 {
+		err = unix.Fchmod(fd, filePerm|bits)
+	}
+	if err == nil && content != "" {
+		_, err = unix.Pwrite(fd, []byte(content), 0)
+	}
+	if err == nil {
+		err = unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE)
+	}
+	if err != nil {
+		_ = unix.Unlinkat(f.fd, tmp, 0)
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+func tmpName() string {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return tmpPrefix + hex.EncodeToString(b[:])
+}
+
+func newMeta(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID) meta {
+	m := meta{perm: uint32(mode) & 0o7777}
+	if uid.Ok() {
+		m.uid = uint32(uid)
+	}
+	if gid.Ok() {
+		m.gid = uint32(gid)
+	}
+	return m
+}
+
+// own gives a new object of a volume the owner that the guest asks for, if it is not the serving user's already.
+func (f *file) own(fd int, uid lisafs.UID, gid lisafs.GID) error {
+	u, g := -1, -1
+	if uid.Ok() {
+		u = int(uint32(uid) + f.t.o.IDOffset)
+	}
+	if gid.Ok() {
+		g = int(uint32(gid) + f.t.o.IDOffset)
+	}
+	return unix.Fchownat(fd, "", u, g, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+}
+
+// createHost makes a plain file of a volume. It returns the descriptor that stands for it, and the one that it was made with: the
+// mode may forbid even its maker to open it again.
+func (f *file) createHost(name string, mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, access uint32) (fd, open int, err error) {
+	const flags = unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
+	open, err = unix.Openat(f.fd, name, flags|int(access&unix.O_ACCMODE), uint32(mode)&0o777)
+	if err != nil {
+		return -1, -1, err
+	}
+	if err = f.own(open, uid, gid); err == nil {
+		fd, err = reopen(open, unix.O_PATH)
+	}
+	if err != nil {
+		_ = unix.Unlinkat(f.fd, name, 0)
+		unix.Close(open)
+		return -1, -1, err
+	}
+	return fd, open, nil
+}
+
+// OpenCreate implements [lisafs.ControlFDImpl].
+func (f *file) OpenCreate(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name string, flags uint32) (*lisafs.ControlFD, lisafs.Statx, *lisafs.OpenFD, int, error) {
+	fail := func(err error) (*lisafs.ControlFD, lisafs.Statx, *lisafs.OpenFD, int, error) {
+		return nil, lisafs.Statx{}, nil, -1, err
+	}
+	var fd, open int
+	var err error
+	if f.t.o.Host {
+		fd, open, err = f.createHost(name, mode, uid, gid, flags)
+	} else if fd, err = f.create(name, unix.S_IFREG, newMeta(mode, uid, gid), ""); err == nil {
+		if open, err = reopen(fd, int(flags&unix.O_ACCMODE)|unix.O_NONBLOCK); err != nil {
+			_ = unix.Unlinkat(f.fd, name, 0)
+			unix.Close(fd)
+		}
+	}
+	if err != nil {
+		return fail(err)
+	}
+	st, err := f.t.stat(fd)
+	if err != nil {
+		_ = unix.Unlinkat(f.fd, name, 0)
+		unix.Close(fd)
+		unix.Close(open)
+		return fail(err)
+	}
+	// From here on nothing may fail: the connection knows the objects that are made now, and only the client lets go of them.
+	c := f.child(fd, name, st.Mode)
+	o, donated := c.opened(open, flags)
+	return c.FD(), st, o, donated, nil
+}
+
+// Mkdir implements [lisafs.ControlFDImpl].
+func (f *file) Mkdir(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name string) (*lisafs.ControlFD, lisafs.Statx, error) {
+	if f.t.reserved(name) {
+		return nil, lisafs.Statx{}, unix.EPERM
+	}
+	if f.t.o.Host {
+		if err := unix.Mkdirat(f.fd, name, uint32(mode)&0o1777); err != nil {
+			return nil, lisafs.Statx{}, err
+		}
+		fd, err := f.t.openAt(f.fd, name)
+		if err == nil {
+			if err = f.own(fd, uid, gid); err != nil {
+				unix.Close(fd)
+			}
+		}
+		if err != nil {
+			_ = unix.Unlinkat(f.fd, name, unix.AT_REMOVEDIR)
+			return nil, lisafs.Statx{}, err
+		}
+		return f.finish(fd, name)
+	}
+	tmp := tmpName()
+	if err := unix.Mkdirat(f.fd, tmp, dirPerm); err != nil {
+		return nil, lisafs.Statx{}, err
+	}
+	fd, err := unix.Openat(f.fd, tmp, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == nil {
+		if err = storeMeta(fd, newMeta(mode, uid, gid)); err == nil {
+			err = unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE)
+		}
+		if err != nil {
+			unix.Close(fd)
+		}
+	}
+	if err != nil {
+		_ = unix.Unlinkat(f.fd, tmp, unix.AT_REMOVEDIR)
+		return nil, lisafs.Statx{}, err
+	}
+	return f.finish(fd, name)
+}
+
+// Mknod implements [lisafs.ControlFDImpl]. Pipes and sockets are refused: the guest's kernel then keeps them in its memory, where
+// they belong to running processes. Devices exist only as a note for the guest, and not at all on volumes.
+func (f *file) Mknod(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name string, minor, major uint32) (*lisafs.ControlFD, lisafs.Statx, error) {
+	typ := uint32(mode.FileType())
+	if typ == 0 {
+		typ = unix.S_IFREG
+	}
+	if _, ok := typeBits[typ]; !ok || typ == unix.S_IFLNK || f.t.o.Host && typ != unix.S_IFREG {
+		return nil, lisafs.Statx{}, unix.EPERM
+	}
+	if f.t.o.Host {
+		fd, open, err := f.createHost(name, mode, uid, gid, unix.O_RDONLY)
+		if err != nil {
+			return nil, lisafs.Statx{}, err
+		}
+		unix.Close(open)
+		return f.finish(fd, name)
+	}
+	m := newMeta(mode, uid, gid)
+	m.major, m.minor = major, minor
+	fd, err := f.create(name, typ, m, "")
+	if err != nil {
+		return nil, lisafs.Statx{}, err
+	}
+	return f.finish(fd, name)
+}
+
+// Symlink implements [lisafs.ControlFDImpl].
+func (f *file) Symlink(name, target string, uid lisafs.UID, gid lisafs.GID) (*lisafs.ControlFD, lisafs.Statx, error) {
+	var fd int
+	var err error
+	if f.t.o.Host {
+		if err = unix.Symlinkat(target, f.fd, name); err != nil {
+			return nil, lisafs.Statx{}, err
+		}
+		if fd, err = f.t.openAt(f.fd, name); err == nil {
+			if err = f.own(fd, uid, gid); err != nil {
+				unix.Close(fd)
+			}
+		}
+		if err != nil {
+			_ = unix.Unlinkat(f.fd, name, 0)
+		}
+	} else {
+		fd, err = f.create(name, unix.S_IFLNK, newMeta(0o777, uid, gid), target)
+	}
+	if err != nil {
+		return nil, lisafs.Statx{}, err
+	}
+	return f.finish(fd, name)
+}
+
+// Link implements [lisafs.ControlFDImpl].
+func (f *file) Link(dir lisafs.ControlFDImpl, name string) (*lisafs.ControlFD, lisafs.Statx, error) {
+	d := dir.(*file)
+	if d.t.reserved(name) {
+		return nil, lisafs.Statx{}, unix.EPERM
+	}
+	if err := unix.Linkat(unix.AT_FDCWD, procPath(f.fd), d.fd, name, unix.AT_SYMLINK_FOLLOW); err != nil {
+		return nil, lisafs.Statx{}, err
+	}
+	return d.Walk(name)
+}
+
+// StatFS implements [lisafs.ControlFDImpl].
+func (f *file) StatFS() (lisafs.StatFS, error) {
+	var s unix.Statfs_t
+	if err := unix.Fstatfs(f.fd, &s); err != nil {
+		return lisafs.StatFS{}, err
+	}
+	return lisafs.StatFS{Type: uint64(s.Type), BlockSize: s.Bsize, Blocks: s.Blocks, BlocksFree: s.Bfree, BlocksAvailable: s.Bavail,
+		Files: s.Files, FilesFree: s.Ffree, NameLength: uint64(s.Namelen)}, nil
+}
+
+// Readlink implements [lisafs.ControlFDImpl].
+func (f *file) Readlink(buf func(uint32) []byte) (uint16, error) {
+	for size := 256; size < math.MaxUint16; size *= 4 {
+		b := buf(uint32(size))
+		var n int
+		var err error
+		if f.t.o.Host {
+			n, err = unix.Readlinkat(f.fd, "", b)
+		} else {
+			n, err = unix.Pread(f.fd, b, 0)
+		}
+		if err != nil {
+			return 0, err
+		}
+		if n < size {
+			return uint16(n), nil
+		}
+	}
+	return 0, unix.ENAMETOOLONG
+}
+
+// Connect implements [lisafs.ControlFDImpl]: sockets of the host are out of reach.
+func (f *file) Connect(uint32) (int, error) { return -1, unix.EPERM }
+
+// ConnectWithCreds implements [lisafs.ControlFDImpl].
+func (f *file) ConnectWithCreds(uint32, lisafs.UID, lisafs.GID) (int, error) { return -1, unix.EPERM }
+
+// BindAt implements [lisafs.ControlFDImpl]: the guest's kernel keeps sockets in its memory.
+func (f *file) BindAt(string, uint32, linux.FileMode, lisafs.UID, lisafs.GID) (*lisafs.ControlFD, lisafs.Statx, *lisafs.BoundSocketFD, int, error) {
+	return nil, lisafs.Statx{}, nil, -1, unix.EPERM
+}
+
+// Unlink implements [lisafs.ControlFDImpl].
+func (f *file) Unlink(name string, flags uint32) error {
+	if f.t.reserved(name) {
+		return unix.ENOENT
+	}
+	err := unix.Unlinkat(f.fd, name, int(flags))
+	if err == unix.ENOTEMPTY && !f.t.o.Host && f.sweep(name) {
+		err = unix.Unlinkat(f.fd, name, int(flags))
+	}
+	return err
+}
+
+// sweep removes what killed servers left in a directory that the guest believes empty.
+func (f *file) sweep(name string) bool {
+	fd, err := unix.Openat(f.fd, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	found := false
+	_ = listDir(fd, math.MaxInt, func(e dirent) {
+		if strings.HasPrefix(e.name, tmpPrefix) {
+			found = unix.Unlinkat(fd, e.name, 0) == nil || unix.Unlinkat(fd, e.name, unix.AT_REMOVEDIR) == nil || found
+		}
+	})
+	return found
+}
+
+// RenameAt implements [lisafs.ControlFDImpl].
+func (f *file) RenameAt(from string, dir lisafs.ControlFDImpl, to string) error {
+	return f.RenameAt2(from, dir, to, 0)
+}
+
+// RenameAt2 implements [lisafs.ControlFDImpl].
+func (f *file) RenameAt2(from string, dir lisafs.ControlFDImpl, to string, flags uint32) error {
+	d := dir.(*file)
+	if f.t.reserved(from) {
+		return unix.ENOENT
+	}
+	if f.t.reserved(to) || flags&^(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) != 0 {
+		return unix.EINVAL
+	}
+	err := unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
+	if err == unix.ENOTEMPTY && !f.t.o.Host && d.sweep(to) {
+		err = unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
+	}
+	return err
+}
+
+// Renamed implements [lisafs.ControlFDImpl]; nothing here depends on a name.
+func (f *file) Renamed() {}

@@ -1,0 +1,289 @@
+package image
+
+import (
+	"bufio"
+	"bytes"
+	"compress/bzip2"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/coffer-box/coffer/internal/erofs"
+)
+
+// rootfsFormat is part of every root file system's id; raise it when the same layers begin to give another image file.
+const rootfsFormat = "coffer rootfs 1"
+
+// maxWindow bounds what a zstd stream may make the decoder allocate.
+const maxWindow = 128 << 20
+
+// rootfsID names the root file system that a list of layers makes.
+func rootfsID(diffIDs []v1.Hash) string {
+	h := sha256.New()
+	fmt.Fprintln(h, rootfsFormat)
+	for _, d := range diffIDs {
+		fmt.Fprintln(h, d)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// builder takes the layers of one image, lowest first, and makes blobs and a root file system of them.
+type builder struct {
+	st     *stage
+	limits Limits
+	report func(layer int, bytes int64)
+	raw    int64 // unpacked bytes so far
+
+	f *os.File // image being written; nil when the root file system is there already
+	t *tree
+
+	layers []v1.Descriptor
+	diffs  []v1.Hash
+}
+
+// newBuilder starts an image. With knownRootfs the layers are only verified and kept.
+func newBuilder(st *stage, opts Options, knownRootfs bool) (*builder, error) {
+	b := &builder{st: st, limits: opts.Limits.withDefaults(), report: func(int, int64) {}}
+	if opts.Progress != nil {
+		b.report = func(layer int, bytes int64) { opts.Progress(Progress{Layer: layer + 1, Bytes: bytes}) }
+	}
+	if knownRootfs {
+		return b, nil
+	}
+	f, err := st.temp()
+	if err != nil {
+		return nil, err
+	}
+	b.f = f
+	b.t = newTree(erofs.NewWriter(f, erofs.Options{}), b.limits)
+	return b, nil
+}
+
+// close releases what an unfinished build holds; its file goes with the stage.
+func (b *builder) close() {
+	if b.f != nil {
+		b.f.Close()
+	}
+}
+
+// layerSpec says what a layer must be. Zero hashes are not checked.
+type layerSpec struct {
+	desc v1.Descriptor // as its manifest says; without a digest the layer may be stored in another compression
+	diff v1.Hash       // of the unpacked layer
+}
+
+// add takes the next layer from src.
+func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err error) {
+	n := len(b.diffs)
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("layer %d: %w", n+1, err)
+		}
+	}()
+	if n >= b.limits.Layers {
+		return fmt.Errorf("more than %d layers: %w", b.limits.Layers, ErrTooLarge)
+	}
+	blob, err := b.st.temp()
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	out := &blobWriter{f: bufio.NewWriterSize(blob, 256<<10), hash: sha256.New()}
+
+	in := bufio.NewReaderSize(src, 256<<10)
+	kind, err := compressionOf(in)
+	if err != nil {
+		return err
+	}
+	recompress := kind == "" && want.desc.Digest == v1.Hash{}
+	var packed io.Reader = in
+	if !recompress {
+		packed = io.TeeReader(in, out)
+	}
+	plain, closePlain, err := unpack(packed, kind)
+	if err != nil {
+		return err
+	}
+	defer closePlain()
+	var enc *zstd.Encoder
+	if recompress {
+		// Archives that carry layers unpacked give no digest to keep, so the copy may as well be small.
+		if enc, err = zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedFastest)); err != nil {
+			return err
+		}
+		defer enc.Close()
+		plain = io.TeeReader(plain, enc)
+	}
+	diff := sha256.New()
+	ahead := newReadAhead(plain)
+	defer ahead.close()
+	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw, report: func(bytes int64) { b.report(n, bytes) }}
+	layer := bufio.NewReaderSize(counted, 64<<10)
+	if b.t != nil {
+		if err := b.t.apply(ctx, layer); err != nil {
+			return err
+		}
+	}
+	// What follows the end of the archive counts for the digests.
+	if err := drain(ctx, layer); err != nil {
+		return err
+	}
+	ahead.close()
+	if !recompress {
+		// A decompressor may stop at the end of its stream.
+		if err := drain(ctx, packed); err != nil {
+			return err
+		}
+	} else if err := enc.Close(); err != nil {
+		return err
+	}
+	b.raw += counted.n
+	if err := out.f.Flush(); err != nil {
+		return err
+	}
+	return b.addDone(blob, out, diff, kind, want)
+}
+
+// addDone checks the digests of a layer that was read to its end, and keeps it.
+func (b *builder) addDone(blob *os.File, out *blobWriter, diff hash.Hash, kind string, want layerSpec) error {
+	got, gotDiff := sumHash(out.hash), sumHash(diff)
+	if (want.diff != v1.Hash{}) && want.diff != gotDiff {
+		return fmt.Errorf("%w: unpacked it is %s, the configuration says %s", ErrDigest, gotDiff, want.diff)
+	}
+	desc := want.desc
+	if desc.Digest == (v1.Hash{}) {
+		desc = v1.Descriptor{MediaType: types.OCILayerZStd, Digest: got, Size: out.n}
+		if kind == "gzip" {
+			desc.MediaType = types.OCILayer
+		}
+	} else if desc.Digest != got {
+		return fmt.Errorf("%w: it is %s, the manifest says %s", ErrDigest, got, desc.Digest)
+	}
+	if err := b.st.keep(blob, blobPlace(desc.Digest.String())); err != nil {
+		return err
+	}
+	b.layers = append(b.layers, desc)
+	b.diffs = append(b.diffs, gotDiff)
+	return nil
+}
+
+// finish writes the root file system. It returns its size.
+func (b *builder) finish(ctx context.Context, id string) (int64, error) {
+	if b.t == nil {
+		return b.knownSize(id)
+	}
+	root, extras := b.t.finish()
+	var uuid [16]byte
+	if raw, err := hex.DecodeString(id); err == nil {
+		copy(uuid[:], raw)
+	}
+	if err := b.t.w.Finish(ctx, root, uuid); err != nil {
+		return 0, fmt.Errorf("write root file system: %w", err)
+	}
+	if len(extras) > 0 {
+		j, err := json.Marshal(extras)
+		if err != nil {
+			return 0, err
+		}
+		if err := b.st.keepBytes(j, extraPlace(id)); err != nil {
+			return 0, err
+		}
+	}
+	f := b.f
+	b.f = nil
+	if err := f.Chmod(0o400); err != nil {
+		return 0, errors.Join(err, f.Close())
+	}
+	return b.t.w.Used(), b.st.keep(f, rootfsPlace(id))
+}
+
+// knownSize is the size of a root file system that was there before: that which an image with the same one has.
+func (b *builder) knownSize(id string) (int64, error) {
+	idx, err := b.st.s.readIndex()
+	if err != nil {
+		return 0, err
+	}
+	for i := range idx.Images {
+		if idx.Images[i].Rootfs == id {
+			return idx.Images[i].Size, nil
+		}
+	}
+	fi, err := os.Stat(b.st.made[rootfsPlace(id)])
+	if err != nil {
+		return 0, err
+	}
+	return fi.Size(), nil
+}
+
+// blobWriter writes a blob and hashes it.
+type blobWriter struct {
+	f    *bufio.Writer
+	hash hash.Hash
+	n    int64
+}
+
+func (w *blobWriter) Write(p []byte) (int, error) {
+	w.hash.Write(p)
+	w.n += int64(len(p))
+	return w.f.Write(p)
+}
+
+// compressionOf looks at the first bytes of a stream. Empty: none that is known.
+func compressionOf(r *bufio.Reader) (string, error) {
+	head, err := r.Peek(6)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", err
+	}
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+		return "gzip", nil
+	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		return "zstd", nil
+	case bytes.HasPrefix(head, []byte("BZh")):
+		return "bzip2", nil
+	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
+		return "", fmt.Errorf("xz compression is not supported; unpack it first (xz -d): %w", ErrFormat)
+	}
+	return "", nil
+}
+
+// unpack returns the decompressed stream.
+func unpack(r io.Reader, kind string) (io.Reader, func(), error) {
+	switch kind {
+	case "gzip":
+		z, err := gzip.NewReader(r)
+		if err != nil {
+			return nil, nil, fmt.Errorf("gzip: %w", err)
+		}
+		return z, func() {}, nil
+	case "zstd":
+		z, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			return nil, nil, fmt.Errorf("zstd: %w", err)
+		}
+		return z, z.Close, nil
+	case "bzip2":
+		return bzip2.NewReader(r), func() {}, nil
+	}
+	return r, func() {}, nil
+}
+
+func sumHash(h hash.Hash) v1.Hash {
+	return v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(h.Sum(nil))}
+}
+
+func hashBytes(b []byte) v1.Hash {
+	h := sha256.Sum256(b)
+	return v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(h[:])}
+}

@@ -1,0 +1,176 @@
+package image
+
+import (
+	"archive/tar"
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	writer "github.com/coffer-box/coffer/internal/erofs"
+)
+
+func TestHostileLayers(t *testing.T) {
+	outside := filepath.Join(t.TempDir(), "outside")
+	for name, tc := range map[string]struct {
+		ents   []ent
+		limits Limits
+		want   string // part of the error
+	}{
+		"climbing name":            {ents: []ent{{name: "../../etc/passwd", body: "x"}}, want: `"../../etc/passwd": name leads out`},
+		"climbing from within":     {ents: []ent{{name: "a/../../b", body: "x"}}, want: "leads out"},
+		"climbing whiteout":        {ents: []ent{{name: "../.wh.x"}}, want: "leads out"},
+		"whiteout of dots":         {ents: []ent{{name: "a/.wh..."}}, want: "whiteout of nothing"},
+		"empty whiteout":           {ents: []ent{{name: ".wh."}}, want: "whiteout of nothing"},
+		"hard link to outside":     {ents: []ent{{name: "l", typ: tar.TypeLink, link: "../../etc/passwd"}}, want: "leads out"},
+		"hard link to nothing":     {ents: []ent{{name: "l", typ: tar.TypeLink, link: "etc/passwd"}}, want: "no file of this image"},
+		"hard link to a host file": {ents: []ent{{name: "l", typ: tar.TypeLink, link: outside}}, want: "no file of this image"},
+		"hard link to directory":   {ents: []ent{{name: "d", typ: tar.TypeDir}, {name: "l", typ: tar.TypeLink, link: "d"}}, want: "no file of this image"},
+		"link loop":                {ents: []ent{{name: "a", typ: tar.TypeSymlink, link: "b"}, {name: "b", typ: tar.TypeSymlink, link: "a"}, {name: "a/x", body: "x"}}, want: "too many symbolic links"},
+		"overlong part":            {ents: []ent{{name: strings.Repeat("n", 256), body: "x"}}, want: "256 bytes"},
+		"overlong part in a link":  {ents: []ent{{name: "l", typ: tar.TypeSymlink, link: strings.Repeat("n", 300)}, {name: "l/x"}}, want: "300 bytes"},
+		"too deep":                 {ents: []ent{{name: strings.Repeat("d/", 2100) + "x"}}, want: "deep"},
+		"too many entries":         {ents: []ent{{name: "a"}, {name: "b"}, {name: "c"}}, limits: Limits{Entries: 2}, want: "more than 2 entries"},
+		"implied parents count":    {ents: []ent{{name: "a/b/c/d/e"}}, limits: Limits{Entries: 3}, want: "more than 3 entries"},
+		"too many bytes":           {ents: []ent{{name: "a", body: "12345"}, {name: "b", body: "12345"}}, limits: Limits{Bytes: 8}, want: "exceed 8 bytes"},
+		"root as a file":           {ents: []ent{{name: "./", typ: tar.TypeSymlink, link: "x"}}, want: "root of the file system"},
+		"device out of range":      {ents: []ent{{name: "d", typ: tar.TypeChar, maj: 5000}}, want: "out of range"},
+		"owner out of range":       {ents: []ent{{name: "f", uid: 1<<32 - 1}}, want: "out of range"},
+		"unknown type":             {ents: []ent{{name: "f", typ: 'Z'}}, want: "unknown type"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, _, err := buildImage(t, false, tc.limits, layerTar(t, tc.ents...))
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Fatalf("got %v, want an error with %q", err, tc.want)
+			}
+			if _, err := os.Lstat(outside); err == nil {
+				t.Error("something was made on the host")
+			}
+		})
+	}
+}
+
+func TestXattrs(t *testing.T) {
+	capability := "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+	layer := layerTar(t,
+		ent{name: "bin/ping", mode: 0o755, body: "p", xattrs: map[string]string{"security.capability": capability, "user.b": "2", "user.a": "1"}},
+		ent{name: "bin/ping2", typ: tar.TypeLink, link: "bin/ping"},
+		ent{name: "d", typ: tar.TypeDir, xattrs: map[string]string{"trusted.overlay.opaque": "y", "user.overlay.opaque": "y"}})
+	want := []Extra{{Path: "/bin/ping", Xattrs: []writer.Xattr{{Name: "security.capability", Value: []byte(capability)}, {Name: "user.a", Value: []byte("1")}, {Name: "user.b", Value: []byte("2")}}}}
+
+	// What gVisor gets must have none: its reader refuses the inode.
+	path, got, err := buildImage(t, false, Limits{}, layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got) == 1 && got[0].Path == "/bin/ping2" {
+		got[0].Path = "/bin/ping" // either name is that file's
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if files := readGvisor(t, path); files["bin/ping"].Nlink != 2 {
+		t.Errorf("bin/ping: %+v", files["bin/ping"])
+	}
+
+	withXattrs, _, err := buildImage(t, true, Limits{}, layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkFsck(t, withXattrs)
+	checkKernelXattr(t, withXattrs, "bin/ping", "user.a", "1")
+	checkKernelXattr(t, withXattrs, "bin/ping", "security.capability", capability)
+}
+
+func TestReplacedContentsAreHoles(t *testing.T) {
+	body := strings.Repeat("x", 4<<20)
+	path, _, err := buildImage(t, false, Limits{}, layerTar(t, ent{name: "a", body: body}), layerTar(t, ent{name: "a", body: "small"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(mustRead(t, path), []byte("xxxx")) {
+		t.Error("the image still holds what a later layer replaced")
+	}
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if used := diskSize(fi); used > 1<<20 {
+		t.Logf("the image takes %d bytes on disk: this file system has no holes", used)
+	}
+}
+
+func TestTruncatedLayer(t *testing.T) {
+	layer := layerTar(t, ent{name: "a", body: strings.Repeat("x", 10000)})
+	for _, n := range []int{100, 600, 5000} {
+		if _, _, err := buildImage(t, false, Limits{}, layer[:n]); err == nil {
+			t.Errorf("a layer cut at %d is taken", n)
+		}
+	}
+}
+
+func FuzzTree(f *testing.F) {
+	for _, tc := range mergeCases() {
+		if len(tc.layers) > 1 {
+			f.Add(layerTar(f, tc.layers[0]...), layerTar(f, tc.layers[1]...))
+		}
+	}
+	f.Fuzz(func(t *testing.T, a, b []byte) {
+		path, _, err := buildImage(t, false, Limits{Bytes: 1 << 20, Entries: 1000}, a, b)
+		if err != nil {
+			return
+		}
+		readGvisor(t, path)
+	})
+}
+
+func FuzzDockerManifest(f *testing.F) {
+	f.Add([]byte(`[{"Config":"a.json","RepoTags":["x:1"],"Layers":["l/layer.tar"]}]`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		list, err := parseDocker(b)
+		if err == nil && len(list) == 0 {
+			t.Error("no error and no image")
+		}
+	})
+}
+
+func FuzzIndex(f *testing.F) {
+	f.Add([]byte(`{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"sha256:`+strings.Repeat("a", 64)+`","size":3}]}`), []byte(`{}`))
+	f.Fuzz(func(t *testing.T, index, conf []byte) {
+		if idx, err := parseIndex(index); err == nil {
+			for _, d := range idx.Manifests {
+				// What passes becomes part of a path.
+				if len(d.Digest.Hex) != 64 || strings.ContainsAny(d.Digest.Hex, "/.") {
+					t.Errorf("digest %q", d.Digest)
+				}
+			}
+		}
+		if _, err := parseManifest(index); err != nil && !errors.Is(err, ErrFormat) {
+			t.Errorf("unexpected kind of error: %v", err)
+		}
+		if c, err := parseConfig(conf); err == nil {
+			rootfsID(c.RootFS.DiffIDs)
+		}
+	})
+}
+
+func FuzzName(f *testing.F) {
+	for _, s := range []string{"base", "a/b:c", "host:5000/x@sha256:" + strings.Repeat("0", 64), "localhost/x", "[::1]:5/x"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		n, err := ParseName(s)
+		if err != nil {
+			return
+		}
+		for _, form := range []string{n.String(), n.Short()} {
+			if again, err := ParseName(form); err != nil || again != n {
+				t.Errorf("%q gives %q, which gives %+v, %v", s, form, again, err)
+			}
+		}
+	})
+}

@@ -1,0 +1,225 @@
+// Package image keeps images: it reads them from archives, layouts, root file systems and directories, and turns each into what a
+// box starts from, one read-only EROFS file and a configuration.
+//
+// Nothing of an image is ever unpacked on the host. Layers are merged in memory by name while their contents stream into the
+// image file, so a hostile path, link or device has nothing to act on. The package reaches no registry, starts no box and knows
+// no engine.
+//
+// # On disk
+//
+// A store is a directory:
+//
+//	index.json            what images there are and what they are called; replaced whole, never changed in place
+//	lock                  flock(2)ed by whoever changes the index or sweeps
+//	blobs/sha256/<hex>    manifests, configurations and compressed layers, by their own digest
+//	rootfs/<id>.erofs     root file systems; the id is made of the layers, so images with the same layers share one
+//	rootfs/<id>.extra     attributes and devices of that root, as JSON, where there are any; gVisor reads none of them from EROFS
+//	tmp/<random>/         one load at work; its lock file is held by the one who writes there
+//
+// A load writes and syncs everything in its own directory under tmp, then takes the lock, renames the files to their places and
+// replaces the index. Whoever dies before leaves a directory with a free lock, which the next change of the store sweeps away.
+// What a load wants to share with images that are there it hard-links into its directory first, so that a removal at the same
+// time cannot pull it away.
+package image
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/coffer-box/coffer/internal/erofs"
+)
+
+var (
+	// ErrNotFound says that the store has no such image.
+	ErrNotFound = errors.New("no such image")
+	// ErrAmbiguous says that an id prefix fits more than one image.
+	ErrAmbiguous = errors.New("ambiguous image id")
+	// ErrTooLarge says that an image exceeds a limit.
+	ErrTooLarge = errors.New("too large")
+	// ErrFormat says that a source is nothing that can be loaded.
+	ErrFormat = errors.New("not an image")
+	// ErrDigest says that content does not have the digest that it should have.
+	ErrDigest = errors.New("content does not match its digest")
+)
+
+// InUseError refuses to remove an image that boxes were made from.
+type InUseError struct {
+	Image string
+	Boxes []string
+}
+
+func (e *InUseError) Error() string {
+	return fmt.Sprintf("image %s is in use by %s; remove them first", e.Image, strings.Join(e.Boxes, ", "))
+}
+
+// Image is one image of the store.
+type Image struct {
+	ID       string        `json:"id"`    // digest of the configuration, "sha256:…"
+	Names    []string      `json:"names"` // in the short form, with tags, sorted; empty for an image that lost its name
+	Created  time.Time     `json:"created"`
+	Size     int64         `json:"size"` // bytes of the root file system
+	Config   v1.ConfigFile `json:"config"`
+	Manifest string        `json:"manifest"` // digest of the manifest
+	RootfsID string        `json:"rootfs_id"`
+	Layers   int           `json:"layers"`
+}
+
+// ShortID returns the first 12 digits of an id, as shown to people.
+func ShortID(id string) string {
+	_, hex, ok := strings.Cut(id, ":")
+	if !ok {
+		hex = id
+	}
+	return hex[:min(12, len(hex))]
+}
+
+// Extra is what gVisor does not read of one file of a root file system.
+type Extra struct {
+	Path   string        `json:"path"` // absolute, in the box
+	Xattrs []erofs.Xattr `json:"xattrs,omitempty"`
+	Device *Device       `json:"device,omitempty"`
+}
+
+// Device describes a device file.
+type Device struct {
+	Mode  uint32 `json:"mode"` // type and permissions
+	UID   uint32 `json:"uid,omitempty"`
+	GID   uint32 `json:"gid,omitempty"`
+	Major uint32 `json:"major"`
+	Minor uint32 `json:"minor"`
+}
+
+// Store is a directory of images. It holds no state but the path: every call looks at the disk, and any number of processes may
+// use one directory at once.
+type Store struct {
+	dir string
+	log *slog.Logger
+}
+
+// Open returns the store in dir, which is made when it is missing.
+func Open(dir string, log *slog.Logger) (*Store, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	s := &Store{dir: dir, log: log}
+	if _, err := os.Stat(s.path("tmp")); err == nil {
+		return s, nil // tmp is made last
+	}
+	for _, d := range []string{"blobs/sha256", "rootfs", "tmp"} {
+		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
+			return nil, fmt.Errorf("open image store: %w", err)
+		}
+	}
+	return s, nil
+}
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.dir}, elem...)...)
+}
+
+func (s *Store) blobPath(digest string) string {
+	return s.path("blobs", "sha256", strings.TrimPrefix(digest, "sha256:"))
+}
+
+func (s *Store) rootfsPath(id string) string { return s.path("rootfs", id+".erofs") }
+func (s *Store) extraPath(id string) string  { return s.path("rootfs", id+".extra") }
+
+// RootfsPath returns the image's root file system: an EROFS file that gVisor and Linux can read.
+func (s *Store) RootfsPath(img Image) string { return s.rootfsPath(img.RootfsID) }
+
+// Extras returns what gVisor does not read of the image's files.
+func (s *Store) Extras(img Image) ([]Extra, error) {
+	b, err := os.ReadFile(s.extraPath(img.RootfsID))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the extra data of image %s: %w", ShortID(img.ID), err)
+	}
+	var xs []Extra
+	if err := json.Unmarshal(b, &xs); err != nil {
+		return nil, fmt.Errorf("read the extra data of image %s: %w", ShortID(img.ID), err)
+	}
+	return xs, nil
+}
+
+// Resolve finds an image by name, by id, or by a prefix of its id.
+func (s *Store) Resolve(ctx context.Context, ref string) (Image, error) {
+	if err := ctx.Err(); err != nil {
+		return Image{}, err
+	}
+	idx, err := s.readIndex()
+	if err != nil {
+		return Image{}, err
+	}
+	e, err := idx.find(ref)
+	if err != nil {
+		return Image{}, err
+	}
+	return s.image(e)
+}
+
+// List returns all images, the newest first.
+func (s *Store) List(ctx context.Context) ([]Image, error) {
+	idx, err := s.readIndex()
+	if err != nil {
+		return nil, err
+	}
+	imgs := make([]Image, 0, len(idx.Images))
+	for i := range idx.Images {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		img, err := s.image(&idx.Images[i])
+		if err != nil {
+			return nil, err
+		}
+		imgs = append(imgs, img)
+	}
+	slices.SortStableFunc(imgs, func(a, b Image) int {
+		return cmp.Or(b.Created.Compare(a.Created), strings.Compare(a.ID, b.ID))
+	})
+	return imgs, nil
+}
+
+// image completes an entry of the index with the configuration.
+func (s *Store) image(e *entry) (Image, error) {
+	b, err := readBounded(s.blobPath(e.ID), maxConfig)
+	if err != nil {
+		return Image{}, fmt.Errorf("read configuration of image %s: %w", ShortID(e.ID), err)
+	}
+	img := Image{
+		ID: e.ID, Created: e.Created, Size: e.Size, Manifest: e.Manifest, RootfsID: e.Rootfs, Layers: e.Layers,
+	}
+	if err := json.Unmarshal(b, &img.Config); err != nil {
+		return Image{}, fmt.Errorf("read configuration of image %s: %w", ShortID(e.ID), err)
+	}
+	for _, name := range e.Names {
+		n, err := ParseName(name)
+		if err != nil {
+			return Image{}, fmt.Errorf("image %s: %w", ShortID(e.ID), err)
+		}
+		img.Names = append(img.Names, n.Short())
+	}
+	slices.Sort(img.Names)
+	return img, nil
+}
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+func sortXattrs(xs []erofs.Xattr) {
+	slices.SortFunc(xs, func(a, b erofs.Xattr) int { return strings.Compare(a.Name, b.Name) })
+}

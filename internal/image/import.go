@@ -1,0 +1,171 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// Import makes an image of one layer from a root file system: a directory, or a tar archive, which may be compressed. The name
+// may be empty.
+func (s *Store) Import(ctx context.Context, src Source, ref string, opts Options) (Image, error) {
+	img, err := s.importRootfs(ctx, src, ref, opts, time.Now().UTC(), "")
+	if err != nil {
+		return Image{}, fmt.Errorf("import %s: %w", src, err)
+	}
+	return img, nil
+}
+
+func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts Options, created time.Time, source string) (Image, error) {
+	names := opts.Names
+	if ref != "" {
+		names = append([]string{ref}, names...)
+	}
+	names, err := fullNames(names)
+	if err != nil {
+		return Image{}, err
+	}
+	st, err := s.newStage(ctx)
+	if err != nil {
+		return Image{}, err
+	}
+	defer st.close()
+	in, closeIn, err := openRootfs(ctx, src)
+	if err != nil {
+		return Image{}, err
+	}
+	defer closeIn()
+	// What the layer's digest is shows only when it is read, so the id of the file system is not known before either.
+	b, err := newBuilder(st, opts, false)
+	if err != nil {
+		return Image{}, err
+	}
+	defer b.close()
+	if err := b.add(ctx, in, layerSpec{}); err != nil {
+		return Image{}, err
+	}
+	if len(b.t.root.Children) == 0 {
+		return Image{}, fmt.Errorf("%w: it holds no files", ErrFormat)
+	}
+	for _, name := range []string{fileManifest, fileIndex} {
+		if b.t.root.Children[name] != nil && (b.t.root.Children["blobs"] != nil || b.t.root.Children["repositories"] != nil) {
+			return Image{}, fmt.Errorf("%w of a root file system: it is an archive of images, which load takes", ErrFormat)
+		}
+	}
+	rid := rootfsID(b.diffs)
+	size, err := b.finish(ctx, rid)
+	if err != nil {
+		return Image{}, err
+	}
+	conf := v1.ConfigFile{
+		Architecture: runtime.GOARCH,
+		OS:           "linux",
+		Created:      v1.Time{Time: created},
+		Config:       opts.Config,
+		RootFS:       v1.RootFS{Type: "layers", DiffIDs: b.diffs},
+		History:      []v1.History{{Created: v1.Time{Time: created}, CreatedBy: "coffer import", Comment: opts.Comment}},
+	}
+	rawConf, err := json.Marshal(conf)
+	if err != nil {
+		return Image{}, err
+	}
+	rawMan, err := makeManifest(hashBytes(rawConf), rawConf, b.layers)
+	if err != nil {
+		return Image{}, err
+	}
+	e, err := stageMeta(st, entry{Names: names, Created: created, Size: size, Rootfs: rid, Layers: 1, Source: source}, rawConf, rawMan)
+	if err != nil {
+		return Image{}, err
+	}
+	imgs, err := s.commitImages(ctx, st, []entry{e})
+	if err != nil {
+		return Image{}, err
+	}
+	return imgs[0], nil
+}
+
+// openRootfs opens a root file system as a tar stream.
+func openRootfs(ctx context.Context, src Source) (io.Reader, func(), error) {
+	if src.Path != "" {
+		fi, err := os.Stat(src.Path)
+		if err != nil {
+			return nil, nil, err
+		}
+		if fi.IsDir() {
+			return tarDir(ctx, src.Path)
+		}
+		if !fi.Mode().IsRegular() && fi.Mode()&os.ModeNamedPipe == 0 {
+			return nil, nil, fmt.Errorf("%w: it is neither a file nor a directory", ErrFormat)
+		}
+	}
+	return openStream(src)
+}
+
+// BaseName is the name of the image that comes with the program.
+const BaseName = "base"
+
+// EnsureBase sees to it that the image [BaseName] is the one made of the embedded archive with this digest. It costs a look at
+// the index when it is; open is called only when it is not.
+func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.ReadCloser, error)) (Image, error) {
+	name, err := ParseName(BaseName)
+	if err != nil {
+		return Image{}, err
+	}
+	idx, err := s.readIndex()
+	if err != nil {
+		return Image{}, err
+	}
+	if e, err := idx.find(name.String()); err == nil && e.Source == digest && exists(s.rootfsPath(e.Rootfs)) {
+		return s.image(e)
+	}
+	r, err := open()
+	if err != nil {
+		return Image{}, fmt.Errorf("open the embedded image: %w", err)
+	}
+	defer r.Close()
+	img, err := s.importRootfs(ctx, Source{Reader: r}, BaseName, Options{
+		Config: v1.Config{
+			Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+			Cmd: []string{"/bin/sh"},
+		},
+		Comment: "the image that comes with Coffer",
+	}, time.Unix(0, 0).UTC(), digest)
+	if err != nil {
+		return Image{}, fmt.Errorf("make the image %s: %w", BaseName, err)
+	}
+	return img, nil
+}
+
+// NewConfig applies changes in the words of a Dockerfile, "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL", "STOPSIGNAL", "USER",
+// "VOLUME" and "WORKDIR", to a configuration.
+func NewConfig(changes []string) (v1.Config, error) {
+	var c v1.Config
+	for _, line := range changes {
+		if err := applyChange(&c, line); err != nil {
+			return v1.Config{}, fmt.Errorf("change %q: %w", line, err)
+		}
+	}
+	return c, nil
+}
+
+var errChange = errors.New("not understood; give a word such as CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR and its value")
+
+// words reads either a JSON list of strings or the shell form of a command.
+func words(v string) ([]string, error) {
+	if bytes.HasPrefix([]byte(v), []byte("[")) {
+		var list []string
+		if err := json.Unmarshal([]byte(v), &list); err != nil {
+			return nil, err
+		}
+		return list, nil
+	}
+	return []string{"/bin/sh", "-c", v}, nil
+}

@@ -1,0 +1,219 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// indexVersion is raised when older programs would misread the index.
+const indexVersion = 1
+
+// entry is one image in the index.
+type entry struct {
+	ID       string    `json:"id"`
+	Names    []string  `json:"names,omitempty"` // in full
+	Created  time.Time `json:"created,omitzero"`
+	Size     int64     `json:"size"`
+	Manifest string    `json:"manifest"`
+	Rootfs   string    `json:"rootfs"`
+	Layers   int       `json:"layers"`
+	// Source tells which embedded archive the image was made from, for the one that comes with the program.
+	Source string `json:"source,omitempty"`
+}
+
+type index struct {
+	Version int     `json:"version"`
+	Images  []entry `json:"images"`
+}
+
+// readIndex returns what is in the store. A reader needs no lock, since the index is only ever replaced.
+func (s *Store) readIndex() (*index, error) {
+	path := s.path("index.json")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &index{Version: indexVersion}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read image index: %w", err)
+	}
+	idx := &index{}
+	if err := json.Unmarshal(b, idx); err != nil {
+		return nil, fmt.Errorf("image index %s is damaged (%w); move it away and load the images again", path, err)
+	}
+	if idx.Version > indexVersion {
+		return nil, fmt.Errorf("image index %s was written by a newer version (format %d, this program knows %d); use that version",
+			path, idx.Version, indexVersion)
+	}
+	return idx, nil
+}
+
+// writeIndex replaces the index. The caller holds the lock.
+func (s *Store) writeIndex(idx *index) error {
+	idx.Version = indexVersion
+	b, err := json.MarshalIndent(idx, "", " ")
+	if err != nil {
+		return fmt.Errorf("write image index: %w", err)
+	}
+	if err := replaceFile(s.path("index.json"), append(b, '\n')); err != nil {
+		return fmt.Errorf("write image index: %w", err)
+	}
+	return nil
+}
+
+// find resolves a reference within the index.
+func (idx *index) find(ref string) (*entry, error) {
+	name, nameErr := ParseName(ref)
+	if nameErr == nil {
+		full := name.String()
+		for i := range idx.Images {
+			if slices.Contains(idx.Images[i].Names, full) {
+				return &idx.Images[i], nil
+			}
+			if name.Digest != "" && idx.Images[i].Manifest == name.Digest {
+				return &idx.Images[i], nil
+			}
+		}
+	}
+	hex := strings.TrimPrefix(ref, "sha256:")
+	if hexPattern().MatchString(hex) {
+		var found *entry
+		for i := range idx.Images {
+			if strings.HasPrefix(strings.TrimPrefix(idx.Images[i].ID, "sha256:"), hex) {
+				if found != nil {
+					return nil, fmt.Errorf("%q: %w; give more digits", ref, ErrAmbiguous)
+				}
+				found = &idx.Images[i]
+			}
+		}
+		if found != nil {
+			return found, nil
+		}
+		return nil, fmt.Errorf("%q: %w", ref, ErrNotFound)
+	}
+	if nameErr != nil {
+		return nil, nameErr
+	}
+	return nil, fmt.Errorf("%q: %w", name.Short(), ErrNotFound)
+}
+
+// byID returns the entry of an image, or nil.
+func (idx *index) byID(id string) *entry {
+	for i := range idx.Images {
+		if idx.Images[i].ID == id {
+			return &idx.Images[i]
+		}
+	}
+	return nil
+}
+
+// put adds an image or renews it, and takes its names from whoever had them.
+func (idx *index) put(e entry) *entry {
+	names := slices.Clone(e.Names) // put edits the lists in place
+	old := idx.byID(e.ID)
+	if old == nil {
+		idx.Images = append(idx.Images, e)
+		old = &idx.Images[len(idx.Images)-1]
+	} else {
+		e.Names = old.Names
+		if e.Source == "" {
+			e.Source = old.Source
+		}
+		*old = e
+	}
+	for i := range idx.Images {
+		idx.Images[i].Names = slices.DeleteFunc(idx.Images[i].Names, func(n string) bool { return slices.Contains(names, n) })
+	}
+	old.Names = append(old.Names, names...)
+	slices.Sort(old.Names)
+	old.Names = slices.Compact(old.Names)
+	return old
+}
+
+// lock takes the lock of the store. It is the only one in this package that is waited for; the locks below tmp are only tried.
+func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
+	f, err := os.OpenFile(s.path("lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock image store: %w", err)
+	}
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			f.Close()
+			return nil, fmt.Errorf("lock image store: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("lock image store: %w", ctx.Err())
+		case <-time.After(wait):
+		}
+	}
+}
+
+// replaceFile gives path new contents so that a reader, now or after a crash, sees the old or the new ones.
+func replaceFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // fails after the rename, as it should
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
+	return err
+}
+
+// syncDir makes renames in a directory last.
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// readBounded reads a whole file that should be small.
+func readBounded(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return readAllBounded(f, limit)
+}
+
+func readAllBounded(r io.Reader, limit int64) ([]byte, error) {
+	var b bytes.Buffer
+	if n, err := b.ReadFrom(io.LimitReader(r, limit+1)); err != nil {
+		return nil, err
+	} else if n > limit {
+		return nil, fmt.Errorf("more than %d bytes: %w", limit, ErrTooLarge)
+	}
+	return b.Bytes(), nil
+}

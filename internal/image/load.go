@@ -1,0 +1,270 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+// Bounds of what is read whole.
+const (
+	maxConfig   = 8 << 20
+	maxManifest = 8 << 20
+)
+
+// Source is where an image comes from: a path, or a stream.
+type Source struct {
+	Path   string
+	Reader io.Reader // used when Path is empty; read to its end, not closed
+}
+
+func (src Source) String() string {
+	if src.Path == "" {
+		return "the input"
+	}
+	return src.Path
+}
+
+// Progress tells how far a load is.
+type Progress struct {
+	Layer int   // counted from 1
+	Bytes int64 // of it, unpacked
+}
+
+// Options are the choices of a load or import. The zero value is useful.
+type Options struct {
+	Progress func(Progress) // called from the loading goroutine
+	Limits   Limits
+	// Names are given to the image, if the source holds only one, besides those that it has.
+	Names []string
+	// Config is what an imported image runs by default. Not for Load.
+	Config v1.Config
+	// Comment goes into the history of an imported image. Not for Load.
+	Comment string
+}
+
+// found is an image in a source.
+type found struct {
+	names    []string
+	manifest *v1.Manifest // nil: to be made
+	rawMan   []byte
+	config   *v1.ConfigFile
+	rawConf  []byte
+	layers   []string // names in the source
+}
+
+// container is a source of several named files.
+type container interface {
+	// open returns a regular file's contents.
+	open(name string) (io.ReadCloser, error)
+	has(name string) bool
+	Close() error
+}
+
+// Load reads every image of an OCI layout, as a directory or in a tar archive, or of an archive of `docker save`. Archives may
+// be compressed with gzip, zstd or bzip2.
+func (s *Store) Load(ctx context.Context, src Source, opts Options) ([]Image, error) {
+	imgs, err := s.load(ctx, src, opts)
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", src, err)
+	}
+	return imgs, nil
+}
+
+func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, error) {
+	names, err := fullNames(opts.Names)
+	if err != nil {
+		return nil, err
+	}
+	st, err := s.newStage(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer st.close()
+	c, err := openContainer(ctx, src, st, opts.Limits.withDefaults())
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	imgs, err := findImages(c)
+	if err != nil {
+		return nil, err
+	}
+	if len(names) > 0 {
+		if len(imgs) != 1 {
+			return nil, fmt.Errorf("a name cannot be given: it holds %d images", len(imgs))
+		}
+		imgs[0].names = append(imgs[0].names, names...)
+	}
+	entries := make([]entry, 0, len(imgs))
+	for _, im := range imgs {
+		e, err := s.loadOne(ctx, st, c, im, opts)
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, e)
+	}
+	return s.commitImages(ctx, st, entries)
+}
+
+// commitImages stores what was staged and returns it as it is then.
+func (s *Store) commitImages(ctx context.Context, st *stage, entries []entry) ([]Image, error) {
+	idx, err := st.commit(ctx, entries)
+	if err != nil {
+		return nil, err
+	}
+	imgs := make([]Image, 0, len(entries))
+	seen := map[string]bool{}
+	for _, e := range entries {
+		if seen[e.ID] {
+			continue
+		}
+		seen[e.ID] = true
+		img, err := s.image(idx.byID(e.ID))
+		if err != nil {
+			return nil, err
+		}
+		imgs = append(imgs, img)
+	}
+	return imgs, nil
+}
+
+// loadOne stages one image.
+func (s *Store) loadOne(ctx context.Context, st *stage, c container, im found, opts Options) (entry, error) {
+	id := hashBytes(im.rawConf)
+	if old, ok := s.haveAll(st, id.String()); ok {
+		// The id is the digest of the configuration, which names every layer: there is nothing that could differ.
+		old.Names = im.names
+		return old, nil
+	}
+	diffs := im.config.RootFS.DiffIDs
+	if len(diffs) != len(im.layers) {
+		return entry{}, fmt.Errorf("image %s has %d layers, its configuration names %d: %w", ShortID(id.String()), len(im.layers), len(diffs), ErrFormat)
+	}
+	if err := checkPlatform(im.config); err != nil {
+		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
+	}
+	rid := rootfsID(diffs)
+	known := st.share(rootfsPlace(rid))
+	if known {
+		st.share(extraPlace(rid))
+	}
+	b, err := newBuilder(st, opts, known)
+	if err != nil {
+		return entry{}, err
+	}
+	defer b.close()
+	for i, name := range im.layers {
+		want := layerSpec{diff: diffs[i]}
+		if im.manifest != nil {
+			want.desc = im.manifest.Layers[i]
+		}
+		if err := addFrom(ctx, b, c, name, want); err != nil {
+			return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
+		}
+	}
+	size, err := b.finish(ctx, rid)
+	if err != nil {
+		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
+	}
+	rawMan := im.rawMan
+	if rawMan == nil {
+		if rawMan, err = makeManifest(id, im.rawConf, b.layers); err != nil {
+			return entry{}, err
+		}
+	}
+	return stageMeta(st, entry{Names: im.names, Created: im.config.Created.UTC(), Size: size, Rootfs: rid, Layers: len(diffs)}, im.rawConf, rawMan)
+}
+
+// stageMeta stages configuration and manifest and completes the entry with their digests.
+func stageMeta(st *stage, e entry, conf, man []byte) (entry, error) {
+	e.ID, e.Manifest = hashBytes(conf).String(), hashBytes(man).String()
+	return e, errors.Join(st.keepBytes(conf, blobPlace(e.ID)), st.keepBytes(man, blobPlace(e.Manifest)))
+}
+
+// haveAll looks for an image that is stored whole, and shares its files with the stage.
+func (s *Store) haveAll(st *stage, id string) (entry, bool) {
+	idx, err := s.readIndex()
+	if err != nil {
+		return entry{}, false
+	}
+	e := idx.byID(id)
+	if e == nil || !st.share(blobPlace(e.ID)) || !st.share(blobPlace(e.Manifest)) || !st.share(rootfsPlace(e.Rootfs)) {
+		return entry{}, false
+	}
+	st.share(extraPlace(e.Rootfs))
+	m, err := s.manifest(e)
+	if err != nil {
+		return entry{}, false
+	}
+	for _, l := range m.Layers {
+		if !st.share(blobPlace(l.Digest.String())) {
+			return entry{}, false
+		}
+	}
+	return *e, true
+}
+
+func (s *Store) manifest(e *entry) (*v1.Manifest, error) {
+	b, err := readBounded(s.blobPath(e.Manifest), maxManifest)
+	if err != nil {
+		return nil, fmt.Errorf("read manifest of image %s: %w", ShortID(e.ID), err)
+	}
+	m := &v1.Manifest{}
+	if err := json.Unmarshal(b, m); err != nil {
+		return nil, fmt.Errorf("read manifest of image %s: %w", ShortID(e.ID), err)
+	}
+	return m, nil
+}
+
+func addFrom(ctx context.Context, b *builder, c container, name string, want layerSpec) error {
+	f, err := c.open(name)
+	if err != nil {
+		return fmt.Errorf("layer %d: %w", len(b.diffs)+1, err)
+	}
+	defer f.Close()
+	return b.add(ctx, f, want)
+}
+
+// makeManifest describes an image that came without a manifest.
+func makeManifest(id v1.Hash, conf []byte, layers []v1.Descriptor) ([]byte, error) {
+	b, err := json.Marshal(v1.Manifest{
+		SchemaVersion: 2,
+		MediaType:     types.OCIManifestSchema1,
+		Config:        v1.Descriptor{MediaType: types.OCIConfigJSON, Digest: id, Size: int64(len(conf))},
+		Layers:        layers,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make manifest: %w", err)
+	}
+	return b, nil
+}
+
+// checkPlatform refuses an image whose programs cannot run here. One that does not say is taken at its word.
+func checkPlatform(c *v1.ConfigFile) error {
+	if c.OS != "" && c.OS != "linux" || c.Architecture != "" && c.Architecture != runtime.GOARCH {
+		return fmt.Errorf("it is for %s/%s, this host runs linux/%s; load one for this platform", c.OS, c.Architecture, runtime.GOARCH)
+	}
+	return nil
+}
+
+func fullNames(names []string) ([]string, error) {
+	full := make([]string, 0, len(names))
+	for _, name := range names {
+		n, err := ParseName(name)
+		if err != nil {
+			return nil, err
+		}
+		if n.Digest != "" {
+			return nil, fmt.Errorf("%q: a name to give cannot have a digest", name)
+		}
+		full = append(full, n.String())
+	}
+	return full, nil
+}

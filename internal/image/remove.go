@@ -1,0 +1,181 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Removed tells what a removal did.
+type Removed struct {
+	Untagged []string // names that are gone, in the short form
+	Deleted  []string // ids of images that are gone
+	Freed    int64    // bytes given back on disk
+}
+
+// Remove takes a name from an image, and the image away with its last name. By id, all names go. An image for which inUse names
+// boxes stays whole and the error is an [*InUseError]; inUse may be nil.
+func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []string) (Removed, error) {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return Removed{}, err
+	}
+	defer unlock()
+	idx, err := s.readIndex()
+	if err != nil {
+		return Removed{}, err
+	}
+	e, err := idx.find(ref)
+	if err != nil {
+		return Removed{}, err
+	}
+	var res Removed
+	if n, err := ParseName(ref); err == nil && len(e.Names) > 1 && slices.Contains(e.Names, n.String()) {
+		e.Names = slices.DeleteFunc(e.Names, func(have string) bool { return have == n.String() })
+		res.Untagged = []string{n.Short()}
+		return res, s.writeIndex(idx)
+	}
+	if boxes := users(inUse, e.ID); len(boxes) > 0 {
+		return Removed{}, &InUseError{Image: ref, Boxes: boxes}
+	}
+	res.Untagged, res.Deleted = shortNames(e.Names), []string{e.ID}
+	id := e.ID
+	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool { return e.ID == id })
+	if err := s.writeIndex(idx); err != nil {
+		return Removed{}, err
+	}
+	// From here on the image is gone; what cannot be deleted now goes at the next prune.
+	res.Freed, err = s.collect(idx)
+	return res, err
+}
+
+// Prune removes images without a name, or with all every image, that no box was made from, and everything in the store that
+// belongs to no image.
+func (s *Store) Prune(ctx context.Context, all bool, inUse func(id string) []string) (Removed, error) {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return Removed{}, err
+	}
+	defer unlock()
+	idx, err := s.readIndex()
+	if err != nil {
+		return Removed{}, err
+	}
+	var res Removed
+	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool {
+		if !all && len(e.Names) > 0 || len(users(inUse, e.ID)) > 0 {
+			return false
+		}
+		res.Untagged = append(res.Untagged, shortNames(e.Names)...)
+		res.Deleted = append(res.Deleted, e.ID)
+		return true
+	})
+	if len(res.Deleted) > 0 {
+		if err := s.writeIndex(idx); err != nil {
+			return Removed{}, err
+		}
+	}
+	s.sweep()
+	res.Freed, err = s.collect(idx)
+	return res, err
+}
+
+// Tag gives an image one more name, and takes it from the image that had it.
+func (s *Store) Tag(ctx context.Context, ref, name string) (Image, error) {
+	full, err := fullNames([]string{name})
+	if err != nil {
+		return Image{}, err
+	}
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return Image{}, err
+	}
+	defer unlock()
+	idx, err := s.readIndex()
+	if err != nil {
+		return Image{}, err
+	}
+	e, err := idx.find(ref)
+	if err != nil {
+		return Image{}, err
+	}
+	changed := *e
+	changed.Names = full
+	kept := idx.put(changed)
+	if err := s.writeIndex(idx); err != nil {
+		return Image{}, err
+	}
+	return s.image(kept)
+}
+
+func users(inUse func(id string) []string, id string) []string {
+	if inUse == nil {
+		return nil
+	}
+	return inUse(id)
+}
+
+func shortNames(names []string) []string {
+	short := make([]string, 0, len(names))
+	for _, name := range names {
+		if n, err := ParseName(name); err == nil {
+			name = n.Short()
+		}
+		short = append(short, name)
+	}
+	return short
+}
+
+// collect deletes the files that no image of the index refers to. The caller holds the lock, so no load is committing; loads at
+// work have links of their own to what they share.
+func (s *Store) collect(idx *index) (freed int64, err error) {
+	want := map[string]bool{}
+	for i := range idx.Images {
+		e := &idx.Images[i]
+		for _, place := range []string{blobPlace(e.ID), blobPlace(e.Manifest), rootfsPlace(e.Rootfs), extraPlace(e.Rootfs)} {
+			want[place] = true
+		}
+		m, err := s.manifest(e)
+		if err != nil {
+			return 0, fmt.Errorf("nothing was deleted: %w", err)
+		}
+		for _, l := range m.Layers {
+			want[blobPlace(l.Digest.String())] = true
+		}
+	}
+	var errs []error
+	for _, d := range []string{"blobs/sha256", "rootfs"} {
+		entries, err := os.ReadDir(s.path(d))
+		if err != nil {
+			return freed, err
+		}
+		for _, de := range entries {
+			if want[d+"/"+de.Name()] {
+				continue
+			}
+			size := int64(0)
+			if fi, err := de.Info(); err == nil {
+				size = diskSize(fi)
+			}
+			if err := os.Remove(s.path(d, de.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+				continue
+			}
+			freed += size
+		}
+	}
+	// An index that was never moved to its place.
+	if entries, err := os.ReadDir(s.dir); err == nil {
+		for _, de := range entries {
+			if fi, err := de.Info(); err == nil && strings.HasPrefix(de.Name(), ".index.json-") && time.Since(fi.ModTime()) > time.Minute {
+				errs = append(errs, os.Remove(s.path(de.Name())))
+			}
+		}
+	}
+	return freed, errors.Join(errs...)
+}

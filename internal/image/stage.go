@@ -1,0 +1,167 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// stage is one load's own directory. Files in it are named by where they will go, with "_" for "/".
+type stage struct {
+	s    *Store
+	dir  string
+	lock *os.File
+	made map[string]string // place in the store → file in the stage
+}
+
+// newStage makes a directory for one load, and sweeps those of loads that died.
+func (s *Store) newStage(ctx context.Context) (*stage, error) {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	// Under the store's lock nobody sees a stage between its making and its locking.
+	defer unlock()
+	s.sweep()
+	dir, err := os.MkdirTemp(s.path("tmp"), "load-")
+	if err != nil {
+		return nil, fmt.Errorf("begin load: %w", err)
+	}
+	st := &stage{s: s, dir: dir, made: map[string]string{}}
+	st.lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err == nil {
+		err = unix.Flock(int(st.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
+		st.close()
+		return nil, fmt.Errorf("begin load: %w", err)
+	}
+	return st, nil
+}
+
+// sweep removes what dead loads left. The caller holds the store's lock.
+func (s *Store) sweep() {
+	entries, err := os.ReadDir(s.path("tmp"))
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		dir := s.path("tmp", e.Name())
+		if f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0); err == nil {
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+			f.Close()
+			if err != nil {
+				continue // at work
+			}
+		}
+		s.log.Debug("sweep an unfinished load", "dir", dir)
+		if err := os.RemoveAll(dir); err != nil {
+			s.log.Warn("an unfinished load cannot be removed", "dir", dir, "error", err)
+		}
+	}
+}
+
+// close removes the stage and whatever was not committed.
+func (st *stage) close() {
+	if err := os.RemoveAll(st.dir); err != nil {
+		st.s.log.Warn("a load's directory cannot be removed", "dir", st.dir, "error", err)
+	}
+	if st.lock != nil {
+		st.lock.Close()
+	}
+}
+
+// temp makes a file that is no part of the result yet.
+func (st *stage) temp() (*os.File, error) {
+	return os.CreateTemp(st.dir, "part-")
+}
+
+// keep syncs and closes f and gives it a place in the store.
+func (st *stage) keep(f *os.File, place string) error {
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return st.adopt(f.Name(), place)
+}
+
+func (st *stage) adopt(file, place string) error {
+	to := filepath.Join(st.dir, strings.ReplaceAll(place, "/", "_"))
+	if err := os.Rename(file, to); err != nil {
+		return err
+	}
+	st.made[place] = to
+	return nil
+}
+
+// keepBytes gives small contents a place in the store.
+func (st *stage) keepBytes(b []byte, place string) error {
+	f, err := st.temp()
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(b); err != nil {
+		f.Close()
+		return err
+	}
+	return st.keep(f, place)
+}
+
+// share takes a file that the store has, and says if it has it.
+func (st *stage) share(place string) bool {
+	if _, ok := st.made[place]; ok {
+		return true
+	}
+	to := filepath.Join(st.dir, strings.ReplaceAll(place, "/", "_"))
+	if err := os.Link(st.s.path(place), to); err != nil {
+		return false
+	}
+	st.made[place] = to
+	return true
+}
+
+// commit moves everything to its place and records the images, as one step for all who look.
+func (st *stage) commit(ctx context.Context, entries []entry) (*index, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	unlock, err := st.s.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	idx, err := st.s.readIndex()
+	if err != nil {
+		return nil, err
+	}
+	for place, file := range st.made {
+		// Where both are links to one file rename does nothing, which is as good.
+		if err := os.Rename(file, st.s.path(place)); err != nil {
+			return nil, fmt.Errorf("store image: %w", err)
+		}
+	}
+	for _, d := range []string{"blobs/sha256", "rootfs"} {
+		if err := syncDir(st.s.path(d)); err != nil {
+			return nil, fmt.Errorf("store image: %w", err)
+		}
+	}
+	for _, e := range entries {
+		idx.put(e)
+	}
+	return idx, st.s.writeIndex(idx)
+}
+
+// blobPlace and the others name places in the store.
+func blobPlace(digest string) string { return "blobs/sha256/" + strings.TrimPrefix(digest, "sha256:") }
+func rootfsPlace(id string) string   { return "rootfs/" + id + ".erofs" }
+func extraPlace(id string) string    { return "rootfs/" + id + ".extra" }
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return !errors.Is(err, fs.ErrNotExist)
+}

@@ -1,0 +1,423 @@
+package image
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"strings"
+	"time"
+
+	"github.com/coffer-box/coffer/internal/erofs"
+)
+
+// Limits bound what one image may ask for. Layers come from strangers: a few kilobytes of compressed data can unfold to
+// terabytes, or to more files than there is memory for. Zero fields take the defaults.
+type Limits struct {
+	Bytes   int64 // of unpacked layers, together
+	Entries int   // in all layers, together
+	Layers  int
+}
+
+// The defaults are several times what the largest images in common use need.
+const (
+	defaultBytes   = 128 << 30
+	defaultEntries = 4 << 20
+	defaultLayers  = 512
+)
+
+func (l Limits) withDefaults() Limits {
+	if l.Bytes <= 0 {
+		l.Bytes = defaultBytes
+	}
+	if l.Entries <= 0 {
+		l.Entries = defaultEntries
+	}
+	if l.Layers <= 0 {
+		l.Layers = defaultLayers
+	}
+	return l
+}
+
+const (
+	maxDepth    = 2048 // directories below each other; a path of 4096 bytes cannot name more
+	maxSymlinks = 40   // followed on the way to one entry, as in Linux
+	maxXattrs   = 64 << 10
+
+	whiteoutPrefix = ".wh."
+	whiteoutMeta   = ".wh..wh."
+	whiteoutOpaque = ".wh..wh..opq"
+)
+
+// live marks the nodes that are in the finished tree. No layer has this number.
+const live = math.MaxUint32
+
+// tree merges layers, the lowest first, into one root file system. Only names and attributes are held in memory; file contents
+// go straight into the image, and what a later layer hides is given back at the end. A node's tag is the layer that put it there,
+// counted from 1.
+type tree struct {
+	w       *erofs.Writer
+	limits  Limits
+	root    *erofs.Node
+	layer   uint32
+	entries int
+	bytes   int64
+	files   []*erofs.Node // every node that ever had contents
+}
+
+func newTree(w *erofs.Writer, limits Limits) *tree {
+	return &tree{w: w, limits: limits, root: newDir(0)}
+}
+
+// newDir is a directory that no layer describes: what Docker makes for a parent that is missing from an archive.
+func newDir(layer uint32) *erofs.Node {
+	return &erofs.Node{Mode: erofs.TypeDir | 0o755, Children: map[string]*erofs.Node{}, Tag: layer}
+}
+
+// apply merges one layer, a plain tar stream, and leaves r after the archive's end mark.
+func (t *tree) apply(ctx context.Context, r io.Reader) error {
+	t.layer++
+	tr := tar.NewReader(r)
+	for {
+		hdr, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read tar: %w", err)
+		}
+		if t.entries%1024 == 0 && ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if t.entries++; t.entries > t.limits.Entries {
+			return fmt.Errorf("more than %d entries: %w", t.limits.Entries, ErrTooLarge)
+		}
+		if err := t.add(ctx, hdr, tr); err != nil {
+			return fmt.Errorf("entry %s: %w", quoteName(hdr.Name), err)
+		}
+	}
+}
+
+// quoteName makes an archive's name fit for a message: it may hold anything, and be long.
+func quoteName(name string) string {
+	if len(name) > 200 {
+		return fmt.Sprintf("%q…", name[:200])
+	}
+	return fmt.Sprintf("%q", name)
+}
+
+// add merges one entry.
+func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) error {
+	if hdr.Typeflag == tar.TypeXGlobalHeader {
+		return nil
+	}
+	path, err := splitPath(hdr.Name)
+	if err != nil {
+		return err
+	}
+	if len(path) == 0 {
+		if hdr.Typeflag != tar.TypeDir {
+			return errors.New("the root of the file system can only be a directory")
+		}
+		return t.setAttrs(t.root, hdr)
+	}
+	base := path[len(path)-1]
+	if strings.HasPrefix(base, whiteoutPrefix) {
+		return t.whiteout(path[:len(path)-1], base)
+	}
+	n, err := t.node(hdr)
+	if err != nil {
+		return err
+	}
+	dir, err := t.walk(path[:len(path)-1], true)
+	if err != nil {
+		return err
+	}
+	old := dir.Children[base]
+	switch {
+	case hdr.Typeflag == tar.TypeLink:
+		if n, err = t.linkTarget(hdr.Linkname); err != nil {
+			return err
+		}
+		if n == old {
+			return nil
+		}
+	case n.IsDir() && old != nil && old.IsDir():
+		// A directory that is there already keeps what it holds and takes the new attributes.
+		n.Children = old.Children
+	case n.Type() == erofs.TypeRegular:
+		if hdr.Size > t.limits.Bytes-t.bytes {
+			return fmt.Errorf("contents exceed %d bytes in all: %w", t.limits.Bytes, ErrTooLarge)
+		}
+		t.bytes += hdr.Size
+		if n.Data, err = t.w.Append(ctx, content, hdr.Size); err != nil {
+			return err
+		}
+		if hdr.Size > 0 {
+			t.files = append(t.files, n)
+		}
+	}
+	dir.Children[base] = n
+	return nil
+}
+
+// node makes the node that a header describes; for a hard link there is none yet.
+func (t *tree) node(hdr *tar.Header) (*erofs.Node, error) {
+	n := &erofs.Node{}
+	switch hdr.Typeflag {
+	case tar.TypeReg, '\x00', tar.TypeCont, tar.TypeGNUSparse: // 0 is how archives from before POSIX mark a file
+		n.Mode = erofs.TypeRegular
+	case tar.TypeDir:
+		n.Mode, n.Children = erofs.TypeDir, map[string]*erofs.Node{}
+	case tar.TypeSymlink:
+		if hdr.Linkname == "" || len(hdr.Linkname) > erofs.MaxTarget || strings.IndexByte(hdr.Linkname, 0) >= 0 {
+			return nil, errors.New("symbolic link with an empty or overlong target")
+		}
+		n.Mode, n.Target = erofs.TypeSymlink, hdr.Linkname
+	case tar.TypeChar:
+		n.Mode = erofs.TypeChar
+	case tar.TypeBlock:
+		n.Mode = erofs.TypeBlock
+	case tar.TypeFifo:
+		n.Mode = erofs.TypeFIFO
+	case tar.TypeLink:
+		return n, nil
+	default:
+		return nil, fmt.Errorf("unknown type %q of entry", hdr.Typeflag)
+	}
+	if n.Type() == erofs.TypeChar || n.Type() == erofs.TypeBlock {
+		// What Linux has room for: 12 bits of major number, 20 of minor.
+		if hdr.Devmajor < 0 || hdr.Devmajor >= 1<<12 || hdr.Devminor < 0 || hdr.Devminor >= 1<<20 {
+			return nil, fmt.Errorf("device number %d:%d is out of range", hdr.Devmajor, hdr.Devminor)
+		}
+		n.Major, n.Minor = uint32(hdr.Devmajor), uint32(hdr.Devminor)
+	}
+	return n, t.setAttrs(n, hdr)
+}
+
+// setAttrs copies owner, permissions, time and extended attributes.
+func (t *tree) setAttrs(n *erofs.Node, hdr *tar.Header) error {
+	// The highest number means "no id" to the system calls that take one.
+	if hdr.Uid < 0 || int64(hdr.Uid) >= math.MaxUint32 || hdr.Gid < 0 || int64(hdr.Gid) >= math.MaxUint32 {
+		return fmt.Errorf("owner %d:%d is out of range", hdr.Uid, hdr.Gid)
+	}
+	n.Mode = n.Type() | uint16(hdr.Mode&0o7777)
+	if n.Type() == erofs.TypeSymlink {
+		n.Mode = erofs.TypeSymlink | 0o777
+	}
+	n.UID, n.GID = uint32(hdr.Uid), uint32(hdr.Gid)
+	n.ModTime = hdr.ModTime
+	n.Tag = t.layer
+	xs, err := tarXattrs(hdr)
+	n.Xattrs = xs
+	return err
+}
+
+// tarXattrs reads the extended attributes of a header. Those of overlay file systems are left out: they would not describe this
+// file but change what the box's own overlay makes of it.
+func tarXattrs(hdr *tar.Header) ([]erofs.Xattr, error) {
+	const pax = "SCHILY.xattr."
+	var xs []erofs.Xattr
+	size := 0
+	for key, value := range hdr.PAXRecords {
+		name, ok := strings.CutPrefix(key, pax)
+		if !ok || strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.") {
+			continue
+		}
+		if name == "" || len(name) > 255 {
+			return nil, fmt.Errorf("extended attribute with a name of %d bytes", len(name))
+		}
+		if size += len(name) + len(value); size > maxXattrs {
+			return nil, fmt.Errorf("more than %d bytes of extended attributes: %w", maxXattrs, ErrTooLarge)
+		}
+		xs = append(xs, erofs.Xattr{Name: name, Value: []byte(value)})
+	}
+	sortXattrs(xs)
+	return xs, nil
+}
+
+// splitPath cuts an entry's name into components as seen from the root. Names may be absolute or relative and contain dots, but
+// may not climb out.
+func splitPath(name string) ([]string, error) {
+	if strings.IndexByte(name, 0) >= 0 {
+		return nil, errors.New("name holds a zero byte")
+	}
+	var path []string
+	for c := range strings.SplitSeq(name, "/") {
+		switch {
+		case c == "" || c == ".":
+		case c == "..":
+			if len(path) == 0 {
+				return nil, errors.New("name leads out of the root")
+			}
+			path = path[:len(path)-1]
+		case len(c) > erofs.MaxName:
+			return nil, fmt.Errorf("name has a part of %d bytes, %d are allowed", len(c), erofs.MaxName)
+		default:
+			path = append(path, c)
+		}
+	}
+	if len(path) > maxDepth {
+		return nil, fmt.Errorf("more than %d directories deep: %w", maxDepth, ErrTooLarge)
+	}
+	return path, nil
+}
+
+// walk finds the directory at path. Symbolic links on the way are followed inside the tree, where ".." ends at the root, since
+// some builders write archives that rely on it. With create, what is missing is made and what is no directory gives way to one;
+// without, the result is nil when there is no such directory.
+func (t *tree) walk(path []string, create bool) (*erofs.Node, error) {
+	stack := make([]*erofs.Node, 1, len(path)+1)
+	stack[0] = t.root
+	links := 0
+	for len(path) > 0 {
+		name := path[0]
+		path = path[1:]
+		switch name {
+		case "", ".":
+			continue
+		case "..":
+			stack = stack[:max(1, len(stack)-1)]
+			continue
+		}
+		dir := stack[len(stack)-1]
+		n := dir.Children[name]
+		if n != nil && n.Type() == erofs.TypeSymlink {
+			if links++; links > maxSymlinks {
+				return nil, errors.New("too many symbolic links on the way to it")
+			}
+			if strings.HasPrefix(n.Target, "/") {
+				stack = stack[:1]
+			}
+			path = append(strings.Split(n.Target, "/"), path...)
+			continue
+		}
+		if n == nil || !n.IsDir() {
+			if !create {
+				return nil, nil
+			}
+			if len(name) > erofs.MaxName {
+				return nil, fmt.Errorf("a symbolic link on the way to it has a part of %d bytes", len(name))
+			}
+			if t.entries++; t.entries > t.limits.Entries {
+				return nil, fmt.Errorf("more than %d entries: %w", t.limits.Entries, ErrTooLarge)
+			}
+			n = newDir(t.layer)
+			n.ModTime = time.Time{}
+			dir.Children[name] = n
+		}
+		if len(stack) > maxDepth {
+			return nil, fmt.Errorf("more than %d directories deep: %w", maxDepth, ErrTooLarge)
+		}
+		stack = append(stack, n)
+	}
+	return stack[len(stack)-1], nil
+}
+
+// linkTarget finds what a hard link points to: something that an earlier entry or layer put into the tree, and nothing else.
+func (t *tree) linkTarget(name string) (*erofs.Node, error) {
+	path, err := splitPath(name)
+	if err != nil {
+		return nil, fmt.Errorf("hard link to %s: %w", quoteName(name), err)
+	}
+	if len(path) > 0 {
+		dir, err := t.walk(path[:len(path)-1], false)
+		if err != nil {
+			return nil, fmt.Errorf("hard link to %s: %w", quoteName(name), err)
+		}
+		if dir != nil {
+			if n := dir.Children[path[len(path)-1]]; n != nil && !n.IsDir() {
+				return n, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("hard link to %s, which is no file of this image", quoteName(name))
+}
+
+// whiteout hides something of the layers below.
+func (t *tree) whiteout(dirPath []string, base string) error {
+	if base != whiteoutOpaque && strings.HasPrefix(base, whiteoutMeta) {
+		return nil // what the aufs of old left in its layers; means nothing
+	}
+	dir, err := t.walk(dirPath, false)
+	if err != nil {
+		return err
+	}
+	if base == whiteoutOpaque {
+		if dir != nil {
+			t.hideChildren(dir)
+		}
+		return nil
+	}
+	name := strings.TrimPrefix(base, whiteoutPrefix)
+	if name == "" || name == "." || name == ".." {
+		return errors.New("whiteout of nothing")
+	}
+	if dir != nil {
+		t.hide(dir, name)
+	}
+	return nil
+}
+
+// hide removes a name unless this very layer put it there. Whiteouts speak of the layers below wherever they stand in the
+// archive, so a directory that holds anything of this layer stays, without the rest.
+func (t *tree) hide(dir *erofs.Node, name string) {
+	n := dir.Children[name]
+	if n == nil {
+		return
+	}
+	if n.IsDir() {
+		t.hideChildren(n)
+	}
+	if n.Tag != t.layer && len(n.Children) == 0 {
+		delete(dir.Children, name)
+	}
+}
+
+// hideChildren empties a directory of what the layers below put there. Depth is bounded by walk.
+func (t *tree) hideChildren(dir *erofs.Node) {
+	for name := range dir.Children {
+		t.hide(dir, name)
+	}
+}
+
+// finish gives back the contents that ended up hidden and returns the tree, with the extended attributes that its files have.
+func (t *tree) finish() (*erofs.Node, []Extra) {
+	type item struct {
+		path string
+		n    *erofs.Node
+	}
+	var extras []Extra
+	todo := []item{{"/", t.root}}
+	for len(todo) > 0 {
+		it := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if it.n.Tag == live {
+			continue // another name of a file that was seen
+		}
+		it.n.Tag = live
+		x := Extra{Path: it.path, Xattrs: it.n.Xattrs}
+		if t := it.n.Type(); t == erofs.TypeChar || t == erofs.TypeBlock {
+			x.Device = &Device{Mode: uint32(it.n.Mode), UID: it.n.UID, GID: it.n.GID, Major: it.n.Major, Minor: it.n.Minor}
+		}
+		if len(x.Xattrs) > 0 || x.Device != nil {
+			extras = append(extras, x)
+		}
+		if !it.n.IsDir() {
+			continue
+		}
+		prefix := strings.TrimSuffix(it.path, "/") + "/"
+		for _, name := range sortedKeys(it.n.Children) {
+			todo = append(todo, item{prefix + name, it.n.Children[name]})
+		}
+	}
+	for _, n := range t.files {
+		if n.Tag != live {
+			t.w.Discard(n.Data)
+		}
+	}
+	t.files = nil
+	return t.root, extras
+}

@@ -1,0 +1,8 @@
+//go:build leaktest_nokill
+
+package jail
+
+import "syscall"
+
+// dieWithParent is none in this build, as in runtimes whose tree outlives the launcher.
+const dieWithParent = syscall.Signal(0)

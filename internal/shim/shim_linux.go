@@ -1,0 +1,524 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/coffer-box/coffer/internal/assets"
+	"github.com/coffer-box/coffer/internal/cgroup"
+	"github.com/coffer-box/coffer/internal/engine"
+	"github.com/coffer-box/coffer/internal/home"
+	"github.com/coffer-box/coffer/internal/image"
+	"github.com/coffer-box/coffer/internal/jail"
+	"github.com/coffer-box/coffer/internal/lifecycle"
+	"github.com/coffer-box/coffer/internal/logfile"
+	"github.com/coffer-box/coffer/internal/state"
+	"github.com/coffer-box/coffer/internal/supervise"
+	"github.com/coffer-box/coffer/internal/wire"
+)
+
+// Main is the whole life of a shim; it returns the process' exit code. The calling goroutine must be locked to the main thread
+// and must stay alive until Main returns: the kernel ends the jail with that thread.
+func Main(a Args, engines []engine.Engine) int {
+	debug.SetGCPercent(30)
+	// Terminals and login sessions of whoever started the box are nothing to it.
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	launch := &launcher{f: os.NewFile(LaunchFD, "launch"), attached: a.Attached}
+	unix.CloseOnExec(LaunchFD)
+	jail.CloseInherited(LaunchFD + 1)
+	s := &shim{args: a, engines: engines, log: log, launch: launch}
+	if err := s.run(context.Background()); err != nil {
+		log.Error("shim", "error", err)
+		launch.fail(err)
+		return 1
+	}
+	return 0
+}
+
+// launcher answers whoever started the shim, once.
+type launcher struct {
+	f        *os.File
+	attached bool
+	done     bool
+}
+
+// gone is closed when the launcher has ended or needs the shim no more.
+func (l *launcher) gone() <-chan struct{} {
+	ch := make(chan struct{})
+	go func() {
+		// The writing end of a pipe tells nothing but that nobody reads any more.
+		for {
+			p := []unix.PollFd{{Fd: int32(l.f.Fd())}}
+			if n, err := unix.Poll(p, -1); n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		l.f.Close()
+		close(ch)
+	}()
+	return ch
+}
+
+func (l *launcher) reply(r LaunchReply) {
+	if l.done {
+		return
+	}
+	l.done = true
+	_ = json.NewEncoder(l.f).Encode(r) // the launcher may be gone, which changes nothing
+	if r.OK && !l.attached {
+		l.f.Close()
+	}
+}
+
+func (l *launcher) fail(err error) {
+	l.reply(LaunchReply{Error: err.Error(), Code: exitCode(err)})
+}
+
+// exitCode is what Docker exits with for an error before the main process ran.
+func exitCode(err error) int {
+	var we *wire.Error
+	if errors.As(err, &we) {
+		return we.ExitCode()
+	}
+	return 125
+}
+
+type shim struct {
+	args    Args
+	engines []engine.Engine
+	log     *slog.Logger
+	launch  *launcher
+
+	keeper  *lifecycle.Keeper
+	files   home.Box
+	box     *state.Box
+	handles lifecycle.Handles
+	group   *cgroup.Group
+	host    *cgroup.Host
+}
+
+func (s *shim) run(ctx context.Context) (err error) {
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	defer func() { s.keeper.DB.Close() }()
+	lock, err := supervise.WaitLock(shortly(ctx), s.files.ShimLock(), map[string]int{"pid": os.Getpid()})
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	for {
+		again, err := s.generation(ctx)
+		if err != nil || !again {
+			return err
+		}
+	}
+}
+
+// shortly bounds waiting for a predecessor that is on its way out.
+func shortly(ctx context.Context) context.Context {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	context.AfterFunc(ctx, cancel)
+	return ctx
+}
+
+func (s *shim) open(ctx context.Context) error {
+	db, err := state.Open(ctx, s.args.Home)
+	if err != nil {
+		return err
+	}
+	l := home.Layout{Root: s.args.Home, Instance: db.Instance()}
+	s.keeper = &lifecycle.Keeper{DB: db, Home: l, Log: s.log}
+	s.files = l.Box(s.args.ID)
+	s.box, err = db.Get(ctx, s.args.ID)
+	if err != nil {
+		return err
+	}
+	if s.box.Generation != s.args.Generation || s.box.Phase != state.Starting {
+		return fmt.Errorf("box %s: %w", s.box.Name, state.ErrStale)
+	}
+	return nil
+}
+
+// generation runs the box once and carries out what follows. It tells whether to run it again.
+func (s *shim) generation(ctx context.Context) (bool, error) {
+	r, err := s.start(ctx)
+	if err != nil {
+		end := lifecycle.End{Code: exitCode(err), Reason: lifecycle.ReasonFailed, Error: err.Error()}
+		if _, ferr := s.finish(ctx, end); ferr != nil {
+			err = errors.Join(err, ferr)
+		}
+		return false, err
+	}
+	end := r.wait(ctx)
+	return s.finish(ctx, end)
+}
+
+// Launch implements [engine.Launcher]: the jail is placed and recorded while its gate is shut.
+func (s *shim) Launch(ctx context.Context, cfg jail.Config) (out *jail.Jail, err error) {
+	// The child inherits the open file description, and with it the lock.
+	lock, err := supervise.TryLock(s.files.InitLock(), map[string]any{"box": s.args.ID, "generation": s.box.Generation})
+	if err != nil {
+		return nil, fmt.Errorf("lock of the jail: %w", err)
+	}
+	defer lock.Unlock()
+	if cfg.Cgroup, err = s.group.Birthplace(cgroup.Tree); err != nil {
+		return nil, err
+	}
+	defer cfg.Cgroup.Close()
+	cfg.Name, cfg.Lock, cfg.Stderr = s.keeper.Home.GenerationName(s.args.ID, s.box.Generation), lock.File(), os.Stderr
+	j, err := jail.Spawn(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.group.Add(ctx, cgroup.Tree, j.PID()); err != nil {
+		j.Abandon()
+		return nil, err
+	}
+	h, err := supervise.Capture(j.PID())
+	if err != nil {
+		j.Abandon()
+		return nil, err
+	}
+	s.handles.Init = &h
+	if err := s.record(ctx, nil); err != nil {
+		j.Abandon()
+		return nil, err
+	}
+	if !s.args.Attached {
+		// While the jail sets itself up, since the kernel takes its time to move a process.
+		moved := make(chan error, 1)
+		go func() { moved <- s.group.Add(ctx, cgroup.Shim, os.Getpid()) }()
+		defer func() {
+			merr := <-moved
+			if merr == nil {
+				// Where the kernel has no pidfs, the generation's own control group is what tells this process from others.
+				var self supervise.Handle
+				if self, merr = supervise.Capture(os.Getpid()); merr == nil {
+					s.handles.Shim = &self
+				}
+			}
+			if merr != nil && err == nil {
+				j.Kill()
+				<-j.Done()
+				out, err = nil, merr
+			}
+		}()
+	}
+	layers, err := j.Release(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if s.box.Layers, err = json.Marshal(layers); err != nil {
+		return nil, err
+	}
+	return j, nil
+}
+
+// record writes the handles as they are now.
+func (s *shim) record(ctx context.Context, more func(*state.Box)) error {
+	h, err := json.Marshal(s.handles)
+	if err != nil {
+		return err
+	}
+	event := ""
+	if more != nil {
+		event = "start"
+	}
+	layers := s.box.Layers
+	s.box, err = s.keeper.DB.Update(ctx, s.args.ID, state.Change{Generation: s.box.Generation, Event: event}, func(b *state.Box) error {
+		b.Handles, b.Layers = h, layers
+		if more != nil {
+			more(b)
+		}
+		return nil
+	})
+	return err
+}
+
+// enter makes the generation's control group.
+func (s *shim) enter(ctx context.Context) error {
+	var err error
+	if s.host, err = cgroup.Detect(ctx); err != nil {
+		return err
+	}
+	r := s.box.Spec.Resources
+	lim := cgroup.Limits{Memory: r.Memory, CPUs: r.CPUs, PIDs: r.PIDs}
+	if r.BestEffort && s.host.Supports(lim) != nil {
+		s.log.Warn("limits are not enforced", "reason", s.host.Supports(lim))
+		lim = cgroup.Limits{}
+	}
+	name := s.keeper.Home.GenerationName(s.args.ID, s.box.Generation)
+	if s.group, err = s.host.Create(ctx, name, lim); err != nil {
+		return err
+	}
+	rec := s.group.Record()
+	boot, err := supervise.BootID()
+	if err != nil {
+		return err
+	}
+	self, err := supervise.Capture(os.Getpid())
+	if err != nil {
+		return err
+	}
+	s.handles = lifecycle.Handles{BootID: boot, Cgroup: &rec, Shim: &self}
+	return nil
+}
+
+// start brings the box up to where its main process runs, or, with a client to wait for, to where that client can start it.
+func (s *shim) start(ctx context.Context) (_ *running, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	defer cancel()
+	if err := s.enter(ctx); err != nil {
+		return nil, err
+	}
+	set, err := assets.Ensure(ctx, s.keeper.Home.Root)
+	if err != nil {
+		return nil, err
+	}
+	images, err := image.Open(s.keeper.Home.Images(), s.log)
+	if err != nil {
+		return nil, err
+	}
+	eng, err := s.engine()
+	if err != nil {
+		return nil, err
+	}
+	in, err := eng.Start(ctx, engine.Spec{
+		ID: s.keeper.Home.GenerationName(s.args.ID, s.box.Generation), Box: s.box.Spec, Sentry: set.Sentry, Scaffold: set.Scaffold,
+		Image: images.RootfsPath(image.Image{RootfsID: s.box.Spec.RootfsID}), StateDir: s.files.State(), HostID: jail.HostIDFor(s.args.ID),
+	}, s)
+	if err != nil {
+		return nil, err
+	}
+	r := &running{s: s, jail: in.Jail(), ended: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			r.kill()
+		}
+	}()
+	sess, err := wire.NewClient(in.Agent())
+	if err != nil {
+		return nil, fmt.Errorf("connect to the box's agent: %w", err)
+	}
+	r.agent = wire.NewClientOf(sess)
+	conf := setup(s.box)
+	if err := s.extras(&conf, images); err != nil {
+		return nil, err
+	}
+	info, err := r.agent.Configure(ctx, conf)
+	if err != nil {
+		return nil, fmt.Errorf("set up the box: %w", err)
+	}
+	for _, w := range info.Warnings {
+		s.log.Warn("the box does without", "what", w)
+	}
+	log, err := logfile.NewWriter(s.files.Log(), s.box.Spec.LogMaxBytes, s.box.Spec.LogFiles)
+	if err != nil {
+		return nil, err
+	}
+	r.hub = &hub{slog: s.log, log: log, path: s.files.Log(), subs: map[*sub]bool{}}
+	if r.listener, err = s.listen(); err != nil {
+		return nil, err
+	}
+	r.open()
+	if s.args.Attached && !s.launch.done {
+		s.launch.reply(LaunchReply{OK: true})
+		if err := r.awaitStart(ctx); err != nil {
+			return nil, err
+		}
+	} else if err := r.startMain(ctx, nil); err != nil {
+		return nil, err
+	}
+	if err := s.record(ctx, func(b *state.Box) {
+		b.Phase, b.StartedAt, b.FinishedAt, b.Error = state.Running, time.Now().UTC().Round(0), time.Time{}, ""
+	}); err != nil {
+		return nil, err
+	}
+	r.markStarted()
+	s.launch.reply(LaunchReply{OK: true})
+	return r, nil
+}
+
+func (s *shim) engine() (engine.Engine, error) {
+	for _, e := range s.engines {
+		if e.Name() == s.box.Spec.Engine {
+			return e, nil
+		}
+	}
+	return nil, fmt.Errorf("this coffer has no engine %q", s.box.Spec.Engine)
+}
+
+func (s *shim) listen() (net.Listener, error) {
+	if err := s.keeper.Home.MakeRun(); err != nil {
+		return nil, err
+	}
+	path := s.files.Socket()
+	// We hold the box's lock, so whatever has the name is left over.
+	_ = os.Remove(path)
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	return l, nil
+}
+
+// extras adds what gVisor does not see in the image and a box can have all the same. It is made once: from then on it is the box's.
+func (s *shim) extras(conf *wire.Setup, images *image.Store) error {
+	if !s.box.StartedAt.IsZero() {
+		return nil
+	}
+	extras, err := images.Extras(image.Image{RootfsID: s.box.Spec.RootfsID})
+	if err != nil {
+		return err
+	}
+	for _, e := range extras {
+		// The agent fills /dev itself.
+		if d := e.Device; d != nil && !strings.HasPrefix(e.Path, "/dev/") {
+			conf.Devices = append(conf.Devices, wire.SetupDevice{Path: e.Path, Mode: d.Mode, UID: d.UID, GID: d.GID, Major: d.Major, Minor: d.Minor})
+		}
+		for _, x := range e.Xattrs {
+			if strings.HasPrefix(x.Name, "user.") {
+				conf.Xattrs = append(conf.Xattrs, wire.SetupXattr{Path: e.Path, Name: x.Name, Value: x.Value})
+			} else {
+				s.log.Warn("gVisor has no such attribute", "file", e.Path, "name", x.Name)
+			}
+		}
+	}
+	return nil
+}
+
+func setup(b *state.Box) wire.Setup {
+	out := wire.Setup{Hostname: b.Spec.Hostname, ReadOnly: b.Spec.ReadOnly, Tmpfs: b.Spec.Tmpfs}
+	for i, v := range b.Spec.Volumes {
+		out.Volumes = append(out.Volumes, wire.SetupVolume{Staging: "/vol/" + strconv.Itoa(i), Target: v.Target, ReadOnly: v.ReadOnly})
+	}
+	out.Files = []wire.SetupFile{
+		{Path: "/etc/hostname", Data: []byte(b.Spec.Hostname + "\n")},
+		{Path: "/etc/hosts", Data: []byte("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.0.1\t" + b.Spec.Hostname + "\n")},
+		{Path: "/etc/resolv.conf", Data: []byte("# this box has no network\n"), Keep: true},
+	}
+	return out
+}
+
+// finish ends what is left of the generation, records its end, and decides what follows.
+func (s *shim) finish(ctx context.Context, end lifecycle.End) (again bool, err error) {
+	_ = os.Remove(s.files.Socket())
+	if s.group != nil {
+		end.OOMKilled = s.group.OOMKilled()
+		if end.OOMKilled && end.Reason != lifecycle.ReasonStopped {
+			end.Reason = lifecycle.ReasonOOM
+		}
+		if err := s.clear(ctx); err != nil {
+			return false, err
+		}
+	}
+	b, err := s.keeper.DB.Get(ctx, s.args.ID)
+	if err != nil {
+		return false, err
+	}
+	if b.Generation != s.box.Generation || b.Phase == state.Removing {
+		return false, nil // somebody else has taken over
+	}
+	if b, err = s.keeper.MarkEnded(ctx, b, end); err != nil {
+		return false, err
+	}
+	s.box = b
+	if lifecycle.WantsRestart(b) {
+		return s.restart(ctx, pause(b.RestartCount))
+	}
+	if b.Spec.Remove {
+		return false, s.removeSelf(ctx)
+	}
+	return false, nil
+}
+
+// clear kills the tree, sees it empty, and takes this process out of the group so that all of it can be removed.
+func (s *shim) clear(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, supervise.Patience)
+	defer cancel()
+	if err := s.group.Kill(ctx, cgroup.Tree); err != nil {
+		return err
+	}
+	if err := s.group.WaitEmpty(ctx, cgroup.Tree); err != nil && !s.group.Empty() {
+		return fmt.Errorf("processes of the box do not end: %w", err)
+	}
+	if !s.args.Attached {
+		if err := s.group.Leave(); err != nil {
+			// Then the next command removes the directories, once this process has ended.
+			s.log.Warn("control group is left for the next command", "error", err)
+			return nil
+		}
+	}
+	return s.group.Remove(ctx)
+}
+
+// pause comes before another start. It is doubled each time, as Docker does, so that a box that cannot start does not take the machine.
+func pause(restarts int) time.Duration {
+	return min(100*time.Millisecond<<min(restarts, 10), time.Minute)
+}
+
+// restart waits and opens the next generation, unless a user has stopped or removed the box meanwhile.
+func (s *shim) restart(ctx context.Context, wait time.Duration) (bool, error) {
+	deadline := time.Now().Add(wait)
+	for time.Now().Before(deadline) {
+		time.Sleep(min(50*time.Millisecond, time.Until(deadline)))
+		b, err := s.keeper.DB.Get(ctx, s.args.ID)
+		if err != nil || b.ManualStop || b.Phase != state.Stopped {
+			return false, nil
+		}
+	}
+	b, err := s.keeper.DB.Update(ctx, s.args.ID, state.Change{Generation: s.box.Generation, Event: "restart"}, func(b *state.Box) error {
+		if b.ManualStop || b.Phase != state.Stopped {
+			return state.ErrStale
+		}
+		b.Phase, b.Handles = state.Starting, nil
+		b.Generation++
+		b.RestartCount++
+		return nil
+	})
+	if errors.Is(err, state.ErrStale) || errors.Is(err, state.ErrNotFound) {
+		return false, nil
+	}
+	s.box = b
+	return err == nil, err
+}
+
+// removeSelf carries out --rm. Whoever holds the operation lock at this moment does it instead.
+func (s *shim) removeSelf(ctx context.Context) error {
+	op, err := supervise.TryLock(s.files.OpLock(), map[string]int{"pid": os.Getpid()})
+	if errors.Is(err, supervise.ErrLocked) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer op.Unlock()
+	if _, err := s.keeper.DB.Update(ctx, s.args.ID, state.Change{Generation: s.box.Generation}, func(b *state.Box) error {
+		b.Phase = state.Removing
+		return nil
+	}); err != nil {
+		return err
+	}
+	return s.keeper.Discard(ctx, s.box, true)
+}
+
+// LogName is what a user is pointed to when a shim died.
+func LogName(b home.Box) string { return filepath.Join(b.Dir, "shim.log") }

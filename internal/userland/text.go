@@ -1,0 +1,824 @@
+package userland
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/md5"
+	"crypto/sha1"
+	"crypto/sha256"
+	"crypto/sha512"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+func cat(c *call) error {
+	o, err := c.parse("n u")
+	if err != nil {
+		return err
+	}
+	n := 0
+	return c.inputs(o.rest, func(_ string, r io.Reader) error {
+		if !o.has("n") {
+			// What comes slowly goes on at once.
+			_, err := io.Copy(flushWriter{c.out}, r)
+			return err
+		}
+		return lines(r, func(l string) bool {
+			n++
+			fmt.Fprintf(c.out, "%6d\t%s\n", n, l)
+			return true
+		})
+	})
+}
+
+// flushWriter passes on everything at once.
+type flushWriter struct{ w *bufio.Writer }
+
+func (f flushWriter) Write(p []byte) (int, error) {
+	n, err := f.w.Write(p)
+	if err == nil {
+		err = f.w.Flush()
+	}
+	return n, err
+}
+
+// count reads the number of head and tail, also in the old form -5.
+func (c *call) count() (options, int64, bool, error) {
+	for i, a := range c.args {
+		if len(a) > 1 && a[0] == '-' && a[1] >= '0' && a[1] <= '9' {
+			c.args[i] = "-n" + a[1:]
+		}
+	}
+	o, err := c.parse("n|lines: c|bytes: q v f|follow F")
+	if err != nil {
+		return o, 0, false, err
+	}
+	v := o.val("n", "10")
+	if o.has("c") {
+		v = o.val("c", "")
+	}
+	n, err := parseSize(strings.TrimLeft(v, "+"))
+	if err != nil {
+		return o, 0, false, errUsage("invalid number " + v)
+	}
+	return o, n, o.has("c"), nil
+}
+
+func (c *call) headings(o options, f func(r io.Reader) error) error {
+	first := true
+	return c.inputs(o.rest, func(name string, r io.Reader) error {
+		if (len(o.rest) > 1 || o.has("v")) && !o.has("q") {
+			if !first {
+				c.out.WriteByte('\n')
+			}
+			fmt.Fprintf(c.out, "==> %s <==\n", name)
+		}
+		first = false
+		return f(r)
+	})
+}
+
+func head(c *call) error {
+	o, n, isBytes, err := c.count()
+	if err != nil {
+		return err
+	}
+	return c.headings(o, func(r io.Reader) error {
+		if isBytes {
+			_, err := io.CopyN(c.out, r, n)
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		}
+		if n <= 0 {
+			return nil
+		}
+		left := n
+		return lines(r, func(l string) bool {
+			c.out.WriteString(l + "\n")
+			left--
+			return left > 0
+		})
+	})
+}
+
+func tail(c *call) error {
+	o, n, isBytes, err := c.count()
+	if err != nil {
+		return err
+	}
+	fromStart := strings.HasPrefix(o.val("n", ""), "+") || strings.HasPrefix(o.val("c", ""), "+")
+	return c.headings(o, func(r io.Reader) error {
+		switch {
+		case isBytes:
+			b, err := io.ReadAll(r)
+			if err != nil {
+				return err
+			}
+			if fromStart {
+				b = b[min(int64(len(b)), max(0, n-1)):]
+			} else {
+				b = b[max(0, int64(len(b))-n):]
+			}
+			c.out.Write(b)
+		case fromStart:
+			i := int64(0)
+			if err := lines(r, func(l string) bool {
+				if i++; i >= n {
+					c.out.WriteString(l + "\n")
+				}
+				return true
+			}); err != nil {
+				return err
+			}
+		default:
+			var last []string
+			if err := lines(r, func(l string) bool {
+				if last = append(last, l); int64(len(last)) > 2*n+1024 {
+					last = append([]string(nil), last[int64(len(last))-n:]...)
+				}
+				return true
+			}); err != nil {
+				return err
+			}
+			for _, l := range last[max(0, int64(len(last))-n):] {
+				c.out.WriteString(l + "\n")
+			}
+		}
+		if !o.has("f") && !o.has("F") {
+			return nil
+		}
+		for {
+			if _, err := io.Copy(flushWriter{c.out}, r); err != nil {
+				return err
+			}
+			if err := c.out.Flush(); err != nil {
+				return err
+			}
+			time.Sleep(250 * time.Millisecond)
+		}
+	})
+}
+
+func wc(c *call) error {
+	o, err := c.parse("l|lines w|words c|bytes m|chars")
+	if err != nil {
+		return err
+	}
+	all := len(o.vals) == 0
+	var total [4]int64
+	show := func(n [4]int64, name string) {
+		var f []string
+		for i, k := range []string{"l", "w", "m", "c"} {
+			if o.has(k) || all && k != "m" {
+				f = append(f, strconv.FormatInt(n[i], 10))
+			}
+		}
+		if name != "-" {
+			f = append(f, name)
+		}
+		c.out.WriteString(strings.Join(f, " ") + "\n")
+	}
+	err = c.inputs(o.rest, func(name string, r io.Reader) error {
+		var n [4]int64
+		inWord := false
+		buf := make([]byte, 64<<10)
+		for {
+			k, err := r.Read(buf)
+			n[3] += int64(k)
+			for _, b := range buf[:k] {
+				if b == '\n' {
+					n[0]++
+				}
+				if b&0xc0 != 0x80 {
+					n[2]++
+				}
+				space := b == ' ' || b >= '\t' && b <= '\r'
+				if !space && !inWord {
+					n[1]++
+				}
+				inWord = !space
+			}
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				return err
+			}
+		}
+		for i := range n {
+			total[i] += n[i]
+		}
+		show(n, name)
+		return nil
+	})
+	if len(o.rest) > 1 {
+		show(total, "total")
+	}
+	return err
+}
+
+func (c *call) allLines(args []string) ([]string, error) {
+	var all []string
+	err := c.inputs(args, func(_ string, r io.Reader) error {
+		return lines(r, func(l string) bool { all = append(all, l); return true })
+	})
+	return all, err
+}
+
+func sortCmd(c *call) (err error) {
+	o, err := c.parse("r|reverse n|numeric-sort u|unique f|ignore-case b V h k|key: t|field-separator: o|output: s|stable")
+	if err != nil {
+		return err
+	}
+	all, err := c.allLines(o.rest)
+	if err != nil {
+		return err
+	}
+	field := 0
+	if k := o.val("k", ""); k != "" {
+		digits := k[:len(k)-len(strings.TrimLeft(k, "0123456789"))]
+		if field, err = strconv.Atoi(digits); err != nil || field < 1 {
+			return errUsage("invalid key " + k)
+		}
+		if strings.Contains(k, "n") {
+			o.vals["n"] = []string{""}
+		}
+		if strings.Contains(k, "r") {
+			o.vals["r"] = []string{""}
+		}
+	}
+	key := func(l string) string {
+		if field > 0 {
+			var f []string
+			if sep := o.val("t", ""); sep != "" {
+				f = strings.Split(l, sep)
+			} else {
+				f = strings.Fields(l)
+			}
+			if field > len(f) {
+				return ""
+			}
+			l = f[field-1]
+		}
+		if o.has("f") {
+			l = strings.ToUpper(l)
+		}
+		return l
+	}
+	compare := func(a, b string) int {
+		x, y := key(a), key(b)
+		if o.has("n") || o.has("h") || o.has("V") {
+			if p, q := leadingNumber(x), leadingNumber(y); p != q {
+				if p < q {
+					return -1
+				}
+				return 1
+			}
+			if o.has("u") {
+				return 0
+			}
+		}
+		if d := strings.Compare(x, y); d != 0 || o.has("u") || o.has("s") {
+			return d
+		}
+		return strings.Compare(a, b)
+	}
+	less := compare
+	if o.has("r") {
+		less = func(a, b string) int { return -compare(a, b) }
+	}
+	slices.SortStableFunc(all, less)
+	if o.has("u") {
+		all = slices.CompactFunc(all, func(a, b string) bool { return compare(a, b) == 0 })
+	}
+	w := io.Writer(c.out)
+	if name := o.val("o", ""); name != "" {
+		f, cerr := os.Create(name)
+		if cerr != nil {
+			return cerr
+		}
+		bw := bufio.NewWriter(f)
+		defer finish(&err, bw.Flush, f.Close)
+		w = bw
+	}
+	for _, l := range all {
+		if _, err := io.WriteString(w, l+"\n"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leadingNumber reads the number that a text begins with, with a size's unit.
+func leadingNumber(s string) float64 {
+	s = strings.TrimSpace(s)
+	end := 0
+	for end < len(s) && (s[end] >= '0' && s[end] <= '9' || s[end] == '.' || end == 0 && s[end] == '-') {
+		end++
+	}
+	n, err := strconv.ParseFloat(s[:end], 64)
+	if err != nil {
+		return 0
+	}
+	if end < len(s) {
+		if i := strings.IndexByte("KMGTP", s[end]); i >= 0 {
+			for range i + 1 {
+				n *= 1024
+			}
+		}
+	}
+	return n
+}
+
+func uniq(c *call) error {
+	o, err := c.parse("c|count d|repeated u|unique i")
+	if err != nil {
+		return err
+	}
+	n, prev := 0, ""
+	flush := func() {
+		if n == 0 || o.has("d") && n < 2 || o.has("u") && n > 1 {
+			return
+		}
+		if o.has("c") {
+			fmt.Fprintf(c.out, "%7d ", n)
+		}
+		c.out.WriteString(prev + "\n")
+	}
+	err = c.inputs(o.rest, func(_ string, r io.Reader) error {
+		return lines(r, func(l string) bool {
+			if n > 0 && (l == prev || o.has("i") && strings.EqualFold(l, prev)) {
+				n++
+				return true
+			}
+			flush()
+			n, prev = 1, l
+			return true
+		})
+	})
+	flush()
+	return err
+}
+
+func tee(c *call) error {
+	o, err := c.parse("a|append i")
+	if err != nil {
+		return err
+	}
+	ws := []io.Writer{flushWriter{c.out}}
+	mode := os.O_TRUNC
+	if o.has("a") {
+		mode = os.O_APPEND
+	}
+	err = c.each(o.rest, func(name string) error {
+		f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|mode, 0o666)
+		if err == nil {
+			ws = append(ws, f)
+		}
+		return err
+	})
+	if _, cerr := io.Copy(io.MultiWriter(ws...), c.in); err == nil {
+		err = cerr
+	}
+	return err
+}
+
+// ranges reads a list such as 1,3-5,7-.
+func ranges(s string) (func(int) bool, error) {
+	type span struct{ lo, hi int }
+	var spans []span
+	for part := range strings.SplitSeq(s, ",") {
+		lo, hi, isRange := strings.Cut(part, "-")
+		sp := span{1, 1 << 30}
+		var err error
+		if lo != "" {
+			if sp.lo, err = strconv.Atoi(lo); err != nil || sp.lo < 1 {
+				return nil, errUsage("invalid list " + s)
+			}
+		}
+		if !isRange {
+			sp.hi = sp.lo
+		} else if hi != "" {
+			if sp.hi, err = strconv.Atoi(hi); err != nil {
+				return nil, errUsage("invalid list " + s)
+			}
+		}
+		spans = append(spans, sp)
+	}
+	return func(i int) bool {
+		return slices.ContainsFunc(spans, func(sp span) bool { return i >= sp.lo && i <= sp.hi })
+	}, nil
+}
+
+func cut(c *call) error {
+	o, err := c.parse("d|delimiter: f|fields: c|characters: b|bytes: s|only-delimited")
+	if err != nil {
+		return err
+	}
+	list := o.val("f", o.val("c", o.val("b", "")))
+	if list == "" {
+		return errUsage("give a list of fields (-f) or characters (-c)")
+	}
+	in, err := ranges(list)
+	if err != nil {
+		return err
+	}
+	delim := o.val("d", "\t")
+	return c.inputs(o.rest, func(_ string, r io.Reader) error {
+		return lines(r, func(l string) bool {
+			var parts []string
+			sep := ""
+			switch {
+			case o.has("f") && !strings.Contains(l, delim):
+				if !o.has("s") {
+					c.out.WriteString(l + "\n")
+				}
+				return true
+			case o.has("f"):
+				parts, sep = strings.Split(l, delim), delim
+			case o.has("b"):
+				for i := range len(l) {
+					parts = append(parts, l[i:i+1])
+				}
+			default:
+				parts = strings.Split(l, "")
+			}
+			var keep []string
+			for i, p := range parts {
+				if in(i + 1) {
+					keep = append(keep, p)
+				}
+			}
+			c.out.WriteString(strings.Join(keep, sep) + "\n")
+			return true
+		})
+	})
+}
+
+// trSet expands the ranges, classes and escapes of tr.
+func trSet(s string) ([]byte, error) {
+	classes := map[string]string{
+		"[:upper:]": "A-Z", "[:lower:]": "a-z", "[:digit:]": "0-9", "[:alpha:]": "A-Za-z", "[:alnum:]": "A-Za-z0-9", "[:space:]": " \t\n\v\f\r",
+		"[:blank:]": " \t", "[:punct:]": "!-/:-@[-`{-~", "[:cntrl:]": "\x00-\x1f\x7f", "[:print:]": " -~", "[:xdigit:]": "0-9A-Fa-f",
+	}
+	for name, set := range classes {
+		s = strings.ReplaceAll(s, name, set)
+	}
+	var raw []byte
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+1 < len(s) {
+			b, n := escape(s[i+1:], false)
+			raw = append(raw, b...)
+			i += n
+			continue
+		}
+		if s[i] == '-' && len(raw) > 0 && i+1 < len(s) {
+			lo, hi := raw[len(raw)-1], s[i+1]
+			if hi == '\\' && i+2 < len(s) {
+				b, n := escape(s[i+2:], false)
+				hi = b[0]
+				i += n
+			}
+			if lo > hi {
+				return nil, errUsage("range in the wrong order")
+			}
+			for b := int(lo) + 1; b <= int(hi); b++ {
+				raw = append(raw, byte(b))
+			}
+			i++
+			continue
+		}
+		raw = append(raw, s[i])
+	}
+	return raw, nil
+}
+
+func tr(c *call) error {
+	o, err := c.parse("+d|delete s|squeeze-repeats c|C|complement")
+	if err != nil {
+		return err
+	}
+	if err := o.need(1); err != nil {
+		return err
+	}
+	from, err := trSet(o.rest[0])
+	if err != nil {
+		return err
+	}
+	if o.has("c") {
+		var not []byte
+		for b := range 256 {
+			if !bytes.Contains(from, []byte{byte(b)}) {
+				not = append(not, byte(b))
+			}
+		}
+		from = not
+	}
+	var to []byte
+	if len(o.rest) > 1 {
+		if to, err = trSet(o.rest[1]); err != nil {
+			return err
+		}
+	} else if !o.has("d") && !o.has("s") {
+		return errUsage("missing second set")
+	}
+	var table [256]byte
+	var drop, squeeze [256]bool
+	for i := range table {
+		table[i] = byte(i)
+	}
+	for i, b := range from {
+		if o.has("d") {
+			drop[b] = true
+		} else if len(to) > 0 {
+			table[b] = to[min(i, len(to)-1)]
+		}
+	}
+	if o.has("s") {
+		set := to
+		if len(set) == 0 {
+			set = from
+		}
+		for _, b := range set {
+			squeeze[b] = true
+		}
+	}
+	buf, last := make([]byte, 32<<10), -1
+	for {
+		n, err := c.in.Read(buf)
+		for _, b := range buf[:n] {
+			if drop[b] {
+				continue
+			}
+			b = table[b]
+			if squeeze[b] && int(b) == last {
+				continue
+			}
+			last = int(b)
+			c.out.WriteByte(b)
+		}
+		if ferr := c.out.Flush(); ferr != nil {
+			return ferr
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func yes(c *call) error {
+	word := "y"
+	if len(c.args) > 0 {
+		word = strings.Join(c.args, " ")
+	}
+	for {
+		if _, err := c.out.WriteString(word + "\n"); err != nil {
+			return err
+		}
+	}
+}
+
+func seq(c *call) error {
+	sep, width, args := "\n", false, c.args
+	for len(args) > 0 && (args[0] == "-w" || args[0] == "-s") {
+		if args[0] == "-w" {
+			width, args = true, args[1:]
+		} else if len(args) > 1 {
+			sep, args = args[1], args[2:]
+		} else {
+			return errUsage("option -s needs a value")
+		}
+	}
+	n := []float64{}
+	digits := 0
+	for _, a := range args {
+		f, err := strconv.ParseFloat(a, 64)
+		if err != nil {
+			return errUsage("invalid number " + a)
+		}
+		if _, frac, ok := strings.Cut(a, "."); ok {
+			digits = max(digits, len(frac))
+		}
+		n = append(n, f)
+	}
+	first, step, last := 1.0, 1.0, 0.0
+	switch len(n) {
+	case 1:
+		last = n[0]
+	case 2:
+		first, last = n[0], n[1]
+	case 3:
+		first, step, last = n[0], n[1], n[2]
+	default:
+		return errUsage("give one to three numbers")
+	}
+	if step == 0 {
+		return errUsage("the step cannot be 0")
+	}
+	pad := 0
+	if width {
+		pad = max(len(strconv.FormatFloat(first, 'f', digits, 64)), len(strconv.FormatFloat(last, 'f', digits, 64)))
+	}
+	wrote := false
+	for i := 0; ; i++ {
+		v := first + float64(i)*step
+		if step > 0 && v > last+1e-9 || step < 0 && v < last-1e-9 {
+			break
+		}
+		if wrote {
+			c.out.WriteString(sep)
+		}
+		if _, err := fmt.Fprintf(c.out, "%0*.*f", pad, digits, v); err != nil {
+			return err
+		}
+		wrote = true
+	}
+	if wrote {
+		c.out.WriteString("\n")
+	}
+	return nil
+}
+
+func sum(c *call) error {
+	o, err := c.parse("c|check b t")
+	if err != nil {
+		return err
+	}
+	digest := func(r io.Reader) (string, error) {
+		var h hash.Hash
+		switch c.name {
+		case "md5sum":
+			h = md5.New()
+		case "sha1sum":
+			h = sha1.New()
+		case "sha512sum":
+			h = sha512.New()
+		default:
+			h = sha256.New()
+		}
+		_, err := io.Copy(h, r)
+		return hex.EncodeToString(h.Sum(nil)), err
+	}
+	if !o.has("c") {
+		return c.inputs(o.rest, func(name string, r io.Reader) error {
+			d, err := digest(r)
+			if err == nil {
+				fmt.Fprintf(c.out, "%s  %s\n", d, name)
+			}
+			return err
+		})
+	}
+	list, err := c.allLines(o.rest)
+	if err != nil {
+		return err
+	}
+	return c.each(list, func(l string) error {
+		want, name, ok := strings.Cut(l, " ")
+		name = strings.TrimLeft(name, " *")
+		if !ok {
+			return fmt.Errorf("no line of sums: %q", l)
+		}
+		f, err := os.Open(name)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		d, err := digest(f)
+		if err != nil {
+			return err
+		}
+		if d != want {
+			fmt.Fprintf(c.out, "%s: FAILED\n", name)
+			return errExit(1)
+		}
+		fmt.Fprintf(c.out, "%s: OK\n", name)
+		return nil
+	})
+}
+
+func base64Cmd(c *call) error {
+	o, err := c.parse("d|decode w|wrap: i")
+	if err != nil {
+		return err
+	}
+	wrap, err := strconv.Atoi(o.val("w", "76"))
+	if err != nil {
+		return errUsage("invalid width")
+	}
+	return c.inputs(o.rest, func(_ string, r io.Reader) error {
+		b, err := io.ReadAll(r)
+		if err != nil {
+			return err
+		}
+		if o.has("d") {
+			d, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(string(b)), ""))
+			c.out.Write(d)
+			return err
+		}
+		s := base64.StdEncoding.EncodeToString(b)
+		for wrap > 0 && len(s) > wrap {
+			c.out.WriteString(s[:wrap] + "\n")
+			s = s[wrap:]
+		}
+		c.out.WriteString(s)
+		if wrap > 0 {
+			c.out.WriteByte('\n')
+		}
+		return nil
+	})
+}
+
+func cmpCmd(c *call) error {
+	o, err := c.parse("s|quiet|silent")
+	if err != nil {
+		return err
+	}
+	if err := o.need(2); err != nil {
+		return err
+	}
+	var rs [2]*bufio.Reader
+	for i := range rs {
+		f, err := c.open(o.rest[i])
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		rs[i] = bufio.NewReaderSize(f, 64<<10)
+	}
+	line := 1
+	for n := 1; ; n++ {
+		a, errA := rs[0].ReadByte()
+		b, errB := rs[1].ReadByte()
+		switch {
+		case errA != nil && errB != nil:
+			return nil
+		case errA != nil || errB != nil:
+			if !o.has("s") {
+				name := o.rest[0]
+				if errB != nil {
+					name = o.rest[1]
+				}
+				fmt.Fprintf(c.err, "cmp: EOF on %s after byte %d\n", name, n-1)
+			}
+			return errExit(1)
+		case a != b:
+			if !o.has("s") {
+				fmt.Fprintf(c.out, "%s %s differ: byte %d, line %d\n", o.rest[0], o.rest[1], n, line)
+			}
+			return errExit(1)
+		}
+		if a == '\n' {
+			line++
+		}
+	}
+}
+
+// pattern compiles what grep and sed call a basic or extended regular expression. Basic ones differ in which operators are escaped.
+func pattern(p string, extended, fold, fixed bool) (*regexp.Regexp, error) {
+	if fixed {
+		p = regexp.QuoteMeta(p)
+	} else if !extended {
+		var b strings.Builder
+		for i := 0; i < len(p); i++ {
+			switch {
+			case p[i] == '\\' && i+1 < len(p) && strings.IndexByte("(){}|+?", p[i+1]) >= 0:
+				i++
+				b.WriteByte(p[i])
+			case p[i] == '\\' && i+1 < len(p):
+				b.WriteString(p[i : i+2])
+				i++
+			case strings.IndexByte("(){}|+?", p[i]) >= 0:
+				b.WriteString("\\" + p[i:i+1])
+			case p[i] == '*' && (i == 0 || i == 1 && p[0] == '^'):
+				b.WriteString("\\*")
+			default:
+				b.WriteByte(p[i])
+			}
+		}
+		p = b.String()
+	}
+	p = strings.NewReplacer(`\<`, `\b`, `\>`, `\b`).Replace(p)
+	if fold {
+		p = "(?i)" + p
+	}
+	re, err := regexp.Compile(p)
+	if err != nil {
+		return nil, errUsage(err.Error())
+	}
+	return re, nil
+}

@@ -1,0 +1,123 @@
+package userland
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	if _, ok := commands()[filepath.Base(os.Args[0])]; ok {
+		os.Exit(Main(os.Args)) // called by the name of a command
+	}
+	// Every command of the tests is this program: one that was started under a wrong name must not become the tests once more.
+	if !slices.ContainsFunc(os.Args[1:], func(a string) bool { return strings.HasPrefix(a, "-test.") }) {
+		fmt.Fprintf(os.Stderr, "%s is neither a command nor called by go test\n", os.Args[0])
+		os.Exit(97)
+	}
+	os.Exit(m.Run())
+}
+
+// runScript runs a script with nothing but this package's commands on the path.
+func runScript(t *testing.T, script, stdin string) (out, errOut string, code int) {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(t.TempDir(), "bin")
+	if err := os.Mkdir(bin, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range Names() {
+		if err := os.Symlink(exe, filepath.Join(bin, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "sh"), "-c", script, "name", "first", "second")
+	cmd.Args[0] = "sh"
+	cmd.Dir = t.TempDir()
+	cmd.Env = []string{"PATH=" + bin, "HOME=/", "TZ=UTC"}
+	cmd.Stdin = strings.NewReader(stdin)
+	var o, e bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &o, &e
+	err = cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return o.String(), e.String(), exitCode(cmd.ProcessState)
+}
+
+func TestCommands(t *testing.T) {
+	for name, tc := range map[string]struct {
+		script, stdin, out string
+		code               int
+	}{
+		"arguments":       {script: `echo "$1-$2-$#"`, out: "first-second-2\n"},
+		"status":          {script: "false", code: 1},
+		"exit":            {script: "exit 7", code: 7},
+		"exit of last":    {script: "true; false", code: 1},
+		"errexit":         {script: "set -e; false; echo no", code: 1},
+		"not found":       {script: "nosuch", code: 127},
+		"not executable":  {script: "touch x; ./x", code: 126},
+		"killed":          {script: "sh -c 'kill -9 $$'; echo $?", out: "137\n"},
+		"exec":            {script: "exec sh -c 'exit 3'; echo no", code: 3},
+		"exec elsewhere":  {script: "exec echo hi >f; echo no", out: ""},
+		"exec in a pipe":  {script: "exec echo hi | cat; echo on", out: "hi\non\n"},
+		"exit trap":       {script: "trap 'echo bye' EXIT; exit 4", out: "bye\n", code: 4},
+		"background":      {script: "sleep 0.01 & wait; echo done", out: "done\n"},
+		"stdin script":    {script: "sh", stdin: "read x\nvalue\necho got $x\nexit 5\n", out: "got value\n", code: 5},
+		"stdin for child": {script: "sh", stdin: "head -n1 >/dev/null; echo on\nrest\n", out: "on\n"},
+		"here document":   {script: "cat <<E\na $1\nE\n", out: "a first\n"},
+		"pipeline":        {script: "seq 10 | grep -v 5 | tail -n 3 | sort -rn | tr '\\n' ' '", out: "10 9 8 "},
+		"seq":             {script: "seq -w 8 10; seq 1 0.5 2; seq 3 -1 1 | wc -l", out: "08\n09\n10\n1.0\n1.5\n2.0\n3\n"},
+		"cut":             {script: "echo a:b:c | cut -d: -f2-; echo hello | cut -c1,3-4", out: "b:c\nhll\n"},
+		"sort":            {script: "printf 'b 2\\na 10\\nb 2\\n' | sort -u; printf 'a 10\\nb 9\\n' | sort -k2 -n", out: "a 10\nb 2\nb 9\na 10\n"},
+		"uniq":            {script: "printf 'a\\na\\nb\\n' | uniq -c", out: "      2 a\n      1 b\n"},
+		"tr":              {script: "echo aabbc | tr -s a-b; echo hi | tr '[:lower:]' '[:upper:]'; echo a1b2 | tr -cd 0-9", out: "abc\nHI\n12"},
+		"sed":             {script: "printf '1\\n2\\n3\\n' | sed -n '2,$p'; echo aXbX | sed 's/X/-/2;s/\\(a\\)/<\\1&>/'; printf 'a\\nb\\n' | sed '/a/d'", out: "2\n3\n<aa>Xb-\nb\n"},
+		"sed in place":    {script: "echo one >f; sed -i s/one/two/ f; cat f", out: "two\n"},
+		"grep":            {script: "printf 'ab\\nAC\\nb\\n' >f; grep -in a f; grep -c b f; grep -q z f || echo none; grep -E '^(b|ab)$' f; grep -o '[a-z]*b' f", out: "1:ab\n2:AC\n2\nnone\nab\nb\nab\nb\n"},
+		"grep context":    {script: "seq 9 | grep -B1 -A1 5", out: "4\n5\n6\n"},
+		"head and tail":   {script: "seq 5 | head -2; seq 5 | tail -n +4; printf abcdef | head -c 3; printf abcdef | tail -c 2", out: "1\n2\n4\n5\nabcef"},
+		"wc":              {script: "printf 'a b\\nc\\n' | wc; printf 'x\\n' >f; wc -l f", out: "2 3 6\n1 f\n"},
+		"printf":          {script: "printf '%s=%d\\n' a 1 b 2; printf '%05.1f|%-3s|%x\\n' 2.5 a 255", out: "a=1\nb=2\n002.5|a  |ff\n"},
+		"test":            {script: "test -n a -a 1 -lt 2 && [ ! -e none ] && test a != b && echo yes; env test -d . && echo dir; env [ 1 -gt 2 ] || echo no", out: "yes\ndir\nno\n"},
+		"env":             {script: "env -i A=1 B=2 env | sort; env A=3 printenv A; env nosuch; echo $?", out: "A=1\nB=2\n3\n127\n"},
+		"files":           {script: "mkdir -p a/b; echo x >a/b/c; cp -r a z; mv z y; cat y/b/c; ln -s c y/b/l; readlink y/b/l; rm -r y; ls; rmdir a 2>/dev/null || echo full", out: "x\nc\na\nfull\n"},
+		"cp into itself":  {script: "mkdir a; cp -r a a/b", code: 1},
+		"rm refuses":      {script: "rm -rf / ; echo $?; mkdir d; rm d; echo $?; rm -f none; echo $?", out: "1\n1\n0\n"},
+		"modes":           {script: "touch f; chmod 640 f; stat -c %a f; chmod u+xs,g-r,o=r f; stat -c '%a %A' f; mkdir -m 1777 d; stat -c %a d", out: "640\n4704 -rws---r--\n1777\n"},
+		"find":            {script: "mkdir -p d/e; touch d/a.go d/e/b.go d/c; find d -name '*.go' | sort; find d -type d | sort; find d -name c -exec echo got {} \\; ; find d -name '*.go' -delete; find d -type f", out: "d/a.go\nd/e/b.go\nd\nd/e\ngot d/c\nd/c\n"},
+		"find mistakes":   {script: "find . -nosuch", code: 2},
+		"xargs":           {script: "echo a b c | xargs -n2 echo -; printf 'x y\\nz\\n' | xargs -I@ echo [@]; echo | xargs -r echo no", out: "- a b\n- c\n[x y]\n[z]\n"},
+		"tar":             {script: "mkdir -p d/e; echo x >d/e/f; ln -s f d/e/l; ln d/e/f d/h; chmod 750 d/e; tar czf t.gz d; mkdir o; tar xzf t.gz -C o; cat o/d/h; readlink o/d/e/l; stat -c %a%h o/d/e/f o/d/e | tr '\\n' ' '; tar tf t.gz | wc -l", out: "x\nf\n6442 7502 5\n"},
+		"tar in a pipe":   {script: "mkdir d o; echo x >d/f; tar cf - -C d . | tar xf - -C o; cat o/f", out: "x\n"},
+		"gzip":            {script: "echo hi >f; gzip f; ls; zcat f.gz; gunzip f.gz; cat f", out: "f.gz\nhi\nhi\n"},
+		"sums":            {script: "printf abc | sha256sum | cut -c1-8; printf abc >f; md5sum f >s; md5sum -c s; printf abcd >f; md5sum -c s", out: "ba7816bf\nf: OK\nf: FAILED\n", code: 1},
+		"base64":          {script: "printf hello | base64; echo aGk= | base64 -d", out: "aGVsbG8=\nhi"},
+		"dd":              {script: "printf abcdef | dd bs=1 skip=2 count=3 status=none; dd if=/dev/zero of=f bs=1k count=4 status=none; stat -c %s f", out: "cde4096\n"},
+		"timeout":         {script: "timeout 0.05 sleep 10; echo $?; timeout 10 true; echo $?", out: "124\n0\n"},
+		"names":           {script: "basename /a/b.c .c; dirname /a/b; dirname b; dirname /", out: "b\n/a\n.\n/\n"},
+		"date":            {script: "date -u -d @86400 '+%Y-%m-%d %H:%M:%S %j %s'", out: "1970-01-02 00:00:00 002 86400\n"},
+		"tee":             {script: "echo a | tee f | cat; cat f", out: "a\na\n"},
+		"cmp":             {script: "echo a >f; echo b >g; cmp -s f g; echo $?; cmp f f; echo $?", out: "1\n0\n"},
+		"unknown option":  {script: "ls --nosuch", code: 2},
+		"touch":           {script: "touch -d @0 f; stat -c %Y f; touch -c none; ls", out: "0\nf\n"},
+		"fifo":            {script: "mkfifo p; echo through >p & cat p; wait", out: "through\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			out, errOut, code := runScript(t, tc.script, tc.stdin)
+			if out != tc.out || code != tc.code {
+				t.Errorf("got %q, code %d; want %q, code %d\n%s", out, code, tc.out, tc.code, errOut)
+			}
+		})
+	}
+}

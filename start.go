@@ -1,0 +1,370 @@
+package coffer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"syscall"
+	"time"
+
+	"github.com/coffer-box/coffer/internal/shim"
+	"github.com/coffer-box/coffer/internal/spec"
+	"github.com/coffer-box/coffer/internal/state"
+	"github.com/coffer-box/coffer/internal/supervise"
+	"github.com/coffer-box/coffer/internal/wire"
+)
+
+// IO is what a process or an attachment is connected to; nil fields are not connected.
+type IO struct {
+	Stdin  io.Reader
+	Stdout io.Writer
+	Stderr io.Writer
+}
+
+// Run creates a box and starts it, detached.
+func (r *Runtime) Run(ctx context.Context, s Spec) (*Box, error) {
+	b, err := r.Create(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.Start(ctx); err != nil {
+		if s.Remove {
+			err = errors.Join(err, ignoreNotFound(b.Remove(context.WithoutCancel(ctx), Force())))
+		}
+		return nil, err
+	}
+	return b, nil
+}
+
+func ignoreNotFound(err error) error {
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+// StartError is an error of the main process itself: a command that is not there or cannot be run.
+type StartError struct {
+	Box string
+	Msg string
+	// Code is what Docker exits with: 127 for a command that is not there, 126 for one that cannot be run, else 125.
+	Code int
+}
+
+func (e *StartError) Error() string { return fmt.Sprintf("box %s: %s", e.Box, e.Msg) }
+
+// ExitCode is the exit code for a command line.
+func (e *StartError) ExitCode() int { return e.Code }
+
+// Start starts the box and returns when its main process runs. A box that runs already is left alone.
+func (b *Box) Start(ctx context.Context) error {
+	return b.exclusive(ctx, func(rec *state.Box) error {
+		return b.start(ctx, rec)
+	})
+}
+
+func (b *Box) start(ctx context.Context, rec *state.Box) error {
+	rec, err := b.carryOn(ctx, rec)
+	if err != nil || rec.Phase.Live() {
+		return err
+	}
+	_, err = b.launch(ctx, rec, 0)
+	return err
+}
+
+// carryOn finishes what a command that was killed had begun, until the box runs or is at rest. The caller holds the operation lock,
+// so nobody else is at it but the shim.
+func (b *Box) carryOn(ctx context.Context, rec *state.Box) (*state.Box, error) {
+	if rec.Phase == state.Stopping {
+		if err := b.stop(ctx, rec); err != nil {
+			return nil, err
+		}
+		return b.rt.db.Get(ctx, b.id)
+	}
+	for rec.Phase == state.Starting {
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(10 * time.Millisecond):
+		}
+		var err error
+		if rec, err = b.rt.db.Get(ctx, b.id); err != nil {
+			return nil, err
+		}
+		if rec, err = b.rt.keeper.Reconcile(ctx, rec); err != nil {
+			return nil, err
+		}
+		if rec == nil {
+			return nil, fmt.Errorf("%w: %s", ErrNotFound, b.name)
+		}
+	}
+	return rec, nil
+}
+
+// Restart stops the box, if it runs, and starts it.
+func (b *Box) Restart(ctx context.Context, opts ...StopOption) error {
+	return b.exclusive(ctx, func(rec *state.Box) error {
+		if err := b.stop(ctx, rec, opts...); err != nil {
+			return err
+		}
+		rec, err := b.rt.db.Get(ctx, b.id)
+		if err != nil {
+			return err
+		}
+		return b.start(ctx, rec)
+	})
+}
+
+// launch starts a new generation, which counts as the given number of restarts. The caller holds the operation lock.
+func (b *Box) launch(ctx context.Context, rec *state.Box, restarts int) (*state.Box, error) {
+	rec, launched, err := b.open(ctx, rec, restarts, false)
+	if err == nil {
+		launched.Close()
+	}
+	return rec, err
+}
+
+// open opens a new generation. If it is to be attached to, its main process waits for a client, which must come before the returned
+// connection is closed.
+func (b *Box) open(ctx context.Context, rec *state.Box, restarts int, attached bool) (*state.Box, io.Closer, error) {
+	if rec.Damaged {
+		return nil, nil, fmt.Errorf("box %s cannot be started: %w: its files are in %s: copy what you need, then remove it",
+			rec.Name, ErrDamaged, b.rt.home.Box(b.id).Dir)
+	}
+	// Whatever the record says: on top of a live tree no second one is ever started.
+	if _, err := b.rt.keeper.Reap(ctx, rec); err != nil {
+		return nil, nil, fmt.Errorf("start box %s: %w", rec.Name, err)
+	}
+	rec, err := b.rt.db.Update(ctx, b.id, state.Change{}, func(s *state.Box) error {
+		s.Phase, s.Handles, s.ManualStop, s.Error, s.OOMKilled = state.Starting, nil, false, "", false
+		s.Generation++
+		s.RestartCount = restarts
+		return nil
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	reply, launched, err := b.rt.spawnShim(ctx, rec, attached)
+	if err != nil {
+		// The shim is gone or was never there; the record must not say otherwise.
+		_, rerr := b.rt.keeper.Reconcile(context.WithoutCancel(ctx), rec)
+		return nil, nil, errors.Join(err, rerr)
+	}
+	if !reply.OK {
+		launched.Close()
+		return nil, nil, &StartError{Box: rec.Name, Msg: reply.Error, Code: reply.Code}
+	}
+	return rec, launched, nil
+}
+
+// spawnShim starts the supervisor and waits for its word. It returns the connection on which that came.
+func (r *Runtime) spawnShim(ctx context.Context, rec *state.Box, attached bool) (reply shim.LaunchReply, launched io.Closer, err error) {
+	helper, err := r.helperPath()
+	if err != nil {
+		return reply, nil, err
+	}
+	mine, theirs, err := os.Pipe()
+	if err != nil {
+		return reply, nil, fmt.Errorf("start supervisor: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			mine.Close()
+		}
+	}()
+	log, err := os.OpenFile(r.home.Box(rec.ID).ShimLog(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		theirs.Close()
+		return reply, nil, fmt.Errorf("start supervisor: %w", err)
+	}
+	defer log.Close()
+	args := shim.Args{Home: r.home.Root, ID: rec.ID, Generation: rec.Generation, Attached: attached}
+	cmd := &exec.Cmd{Path: helper, Args: append([]string{helperName}, args.Words()...), Env: []string{}, Dir: "/", Stderr: log,
+		ExtraFiles: []*os.File{theirs}, SysProcAttr: &syscall.SysProcAttr{Setsid: true}}
+	err = cmd.Start()
+	theirs.Close()
+	if err != nil {
+		return reply, nil, fmt.Errorf("start supervisor: %w", err)
+	}
+	// A program that embeds Coffer lives long: it must not collect its shims as zombies.
+	go func() { _ = cmd.Wait() }()
+	stop := context.AfterFunc(ctx, func() { mine.Close() })
+	defer stop()
+	if err := json.NewDecoder(mine).Decode(&reply); err != nil {
+		if ctx.Err() != nil {
+			return reply, nil, ctx.Err()
+		}
+		return reply, nil, fmt.Errorf("the supervisor of box %s ended without a word; its log is %s", rec.Name, r.home.Box(rec.ID).ShimLog())
+	}
+	return reply, mine, nil
+}
+
+// dial connects to the box's shim.
+func (r *Runtime) dial(ctx context.Context, rec *state.Box) (*wire.Client, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", r.home.Box(rec.ID).Socket())
+	if err != nil {
+		return nil, fmt.Errorf("connect to the supervisor of box %s: %w", rec.Name, err)
+	}
+	sess, err := wire.NewClient(conn)
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("connect to the supervisor of box %s: %w", rec.Name, err)
+	}
+	return wire.NewClientOf(sess), nil
+}
+
+// withAgent runs fn with a connection that reaches the agent.
+func (b *Box) withAgent(ctx context.Context, fn func(*wire.Client) error) error {
+	c, err := b.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return fn(c)
+}
+
+func (b *Box) connect(ctx context.Context) (*wire.Client, error) {
+	rec, err := b.rt.db.Get(ctx, b.id)
+	if err != nil {
+		return nil, err
+	}
+	if rec.Phase == state.Running {
+		if c, err := b.rt.dial(ctx, rec); err == nil {
+			return c, nil
+		}
+	}
+	// The record may be older than the truth.
+	if rec, err = b.rt.refresh(ctx, rec); err != nil {
+		return nil, err
+	}
+	if rec != nil && rec.Phase == state.Running {
+		c, err := b.rt.dial(ctx, rec)
+		if err != nil {
+			return nil, fmt.Errorf("the supervisor of box %s does not answer: see %s: %w", rec.Name, b.rt.home.Box(b.id).ShimLog(), err)
+		}
+		return c, nil
+	}
+	phase := "gone"
+	if rec != nil {
+		phase = string(rec.Phase)
+	}
+	return nil, fmt.Errorf("box %s is %s: %w: start it first", b.name, phase, ErrNotRunning)
+}
+
+// Attachment is a connection to a box's main process.
+type Attachment struct {
+	proc   *wire.Process
+	client *wire.Client
+	shim   *supervise.Watcher // of a box that this attachment started
+}
+
+// AttachOptions say how to attach.
+type AttachOptions struct {
+	IO
+	// Backlog sends first what the main process has put out so far.
+	Backlog bool
+	// Rows and Cols are the terminal's size; 0: not known.
+	Rows, Cols uint16
+}
+
+// Attach connects to the main process of a running box. What it puts out is delivered without gap or repetition; a client that
+// falls far behind is dropped with an error rather than hold up the box.
+func (b *Box) Attach(ctx context.Context, o AttachOptions) (*Attachment, error) {
+	c, err := b.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return attach(ctx, c, o, shim.AttachRequest{Backlog: o.Backlog})
+}
+
+func attach(ctx context.Context, c *wire.Client, o AttachOptions, req shim.AttachRequest) (*Attachment, error) {
+	req.WinSize = spec.WinSize{Rows: o.Rows, Cols: o.Cols}
+	p, err := c.Attach(ctx, shim.OpAttach, req, wire.IO{Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr})
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return &Attachment{proc: p, client: c}, nil
+}
+
+// StartAttached starts the box connected to o: nothing of the main process' output is missed, and its input ends with o.Stdin.
+func (b *Box) StartAttached(ctx context.Context, o AttachOptions) (*Attachment, error) {
+	var a *Attachment
+	err := b.exclusive(ctx, func(rec *state.Box) error {
+		rec, err := b.carryOn(ctx, rec)
+		if err != nil {
+			return err
+		}
+		if rec.Phase.Live() {
+			return fmt.Errorf("box %s: %w: attach to it", rec.Name, ErrRunning)
+		}
+		rec, launched, err := b.open(ctx, rec, 0, true)
+		if err != nil {
+			return err
+		}
+		defer launched.Close()
+		c, err := b.rt.dial(ctx, rec)
+		if err != nil {
+			return err
+		}
+		watch, err := supervise.Watch(b.rt.home.Box(b.id).ShimLock())
+		if err != nil {
+			c.Close()
+			return err
+		}
+		a, err = attach(ctx, c, o, shim.AttachRequest{Start: true, CloseStdin: true})
+		if err == nil {
+			a.shim = watch
+			return nil
+		}
+		// The shim reports the failure in the record, and ends.
+		_ = watch.Wait(ctx)
+		watch.Close()
+		var we *wire.Error
+		if errors.As(err, &we) {
+			return &StartError{Box: rec.Name, Msg: we.Error(), Code: we.ExitCode()}
+		}
+		return err
+	})
+	return a, err
+}
+
+// Wait waits for the end of the main process and of its output, and returns its exit code.
+func (a *Attachment) Wait(ctx context.Context) (int, error) {
+	st, err := a.proc.Wait(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return st.Code, a.client.Close()
+}
+
+// Signal sends a signal to the main process.
+func (a *Attachment) Signal(ctx context.Context, n int) error { return a.proc.Signal(ctx, n) }
+
+// Resize sets the size of its terminal.
+func (a *Attachment) Resize(ctx context.Context, rows, cols uint16) error {
+	return a.proc.Resize(ctx, rows, cols)
+}
+
+// Close detaches; the box runs on.
+func (a *Attachment) Close() error { return errors.Join(a.proc.Close(), a.client.Close()) }
+
+// Settle waits, after [Attachment.Wait] on a box that it started, until the box is at rest: its supervisor gone, its policy carried
+// out, nothing of it left. It returns false if the box was removed by that policy.
+func (b *Box) Settle(ctx context.Context, a *Attachment) (bool, error) {
+	defer a.shim.Close()
+	if err := a.shim.Wait(ctx); err != nil {
+		return false, err
+	}
+	_, err := b.Info(ctx)
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}

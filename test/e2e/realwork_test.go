@@ -1,0 +1,308 @@
+package e2e
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+)
+
+// debianRoot is the archive of a Debian 12 root file system with an interpreter, a compiler and a database in it, made once.
+func debianRoot(t *testing.T) string {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("a Debian root takes a minute to make; this is -short")
+	}
+	path, err := makeDebian()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if path == "" {
+		t.Skip("making a Debian root needs root and mmdebstrap (apt-get install mmdebstrap)")
+	}
+	return path
+}
+
+var makeDebian = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(os.TempDir(), "coffer-test-bookworm-2.tar")
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	if _, err := exec.LookPath("mmdebstrap"); err != nil || os.Geteuid() != 0 {
+		return "", nil
+	}
+	// Of its own, for several test programs may make it at once, and renamed when it is whole.
+	dir, err := os.MkdirTemp(os.TempDir(), "coffer-debian-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(dir)
+	tmp := filepath.Join(dir, "root.tar")
+	c := exec.Command("mmdebstrap", "--quiet", "--format=tar", "--variant=minbase", "--include=python3,gcc,libc6-dev,sqlite3", "bookworm", tmp)
+	var errs bytes.Buffer
+	c.Stderr = &errs
+	if err := c.Run(); err != nil {
+		return "", &exec.Error{Name: "mmdebstrap: " + errs.String(), Err: err}
+	}
+	if err := os.Chmod(tmp, 0o644); err != nil {
+		return "", err
+	}
+	return path, os.Rename(tmp, path)
+})
+
+const pyWork = `
+import sqlite3, subprocess, threading
+db = sqlite3.connect('/root/work.db')
+db.execute('create table t (x integer)')
+sums = []
+threads = [threading.Thread(target=lambda i=i: sums.append(sum(range(i)))) for i in range(20)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+db.executemany('insert into t values (?)', [(s,) for s in sums])
+db.commit()
+rc = subprocess.run('exit 3', shell=True).returncode
+out = subprocess.check_output(['sqlite3', '/root/work.db', 'select count(*) from t']).decode().strip()
+print(out, rc)
+`
+
+const debWork = `set -e
+mkdir -p /tmp/p/DEBIAN /tmp/p/opt
+printf 'Package: hi\nVersion: 1\nArchitecture: all\nMaintainer: a <a@example.com>\nDescription: x\n' > /tmp/p/DEBIAN/control
+echo data > /tmp/p/opt/hi
+dpkg-deb -b /tmp/p /tmp/hi.deb > /dev/null
+dpkg -i /tmp/hi.deb > /dev/null
+cat /opt/hi
+dpkg -s hi | grep ^Status`
+
+// TestRealWork loads a real system in every format and does real work in it.
+func TestRealWork(t *testing.T) {
+	root := debianRoot(t)
+	dir := t.TempDir()
+	img := debianImage(t, root)
+	tag, err := name.NewTag("debian-test:archive")
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := filepath.Join(dir, "archive.tar")
+	if err := tarball.WriteToFile(archive, tag, img); err != nil {
+		t.Fatal(err)
+	}
+	oci := filepath.Join(dir, "oci")
+	p, err := layout.Write(oci, empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "debian-test:oci"})); err != nil {
+		t.Fatal(err)
+	}
+	h := newHome(t)
+	h.run("load", "-i", archive)
+	h.run("load", "-i", oci)
+	h.run("import", root, "debian-test:plain", "-c", "CMD [\"/bin/bash\"]")
+	for _, ref := range []string{"debian-test:archive", "debian-test:oci", "debian-test:plain"} {
+		t.Run(ref, func(t *testing.T) { realWork(t, h, ref) })
+	}
+	t.Run("gigabyte", func(t *testing.T) { gigabyte(t, h) })
+}
+
+func debianImage(t *testing.T, root string) v1.Image {
+	t.Helper()
+	layer, err := tarball.LayerFromFile(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := mutate.AppendLayers(empty.Image, layer, oddLayer(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cf, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cf = cf.DeepCopy()
+	cf.OS, cf.Architecture = "linux", "amd64"
+	cf.Config.Cmd = []string{"/bin/bash"}
+	cf.Config.Env = []string{"GREETING=hello"}
+	img, err = mutate.ConfigFile(img, cf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// oddLayer holds what layers may hold beside plain files.
+func oddLayer(t *testing.T) v1.Layer {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, h := range []*tar.Header{
+		{Typeflag: tar.TypeDir, Name: "odd/", Mode: 0o2775, Uid: 70000, Gid: 70001},
+		{Typeflag: tar.TypeReg, Name: "odd/file", Mode: 0o4750, Uid: 1234, Gid: 5678},
+		{Typeflag: tar.TypeLink, Name: "odd/hard", Linkname: "odd/file"},
+		{Typeflag: tar.TypeReg, Name: "odd/told", Mode: 0o644, PAXRecords: map[string]string{"SCHILY.xattr.user.origin": "image"}},
+		{Typeflag: tar.TypeChar, Name: "odd/null", Mode: 0o666, Devmajor: 1, Devminor: 3},
+		{Typeflag: tar.TypeFifo, Name: "odd/fifo", Mode: 0o600},
+		{Typeflag: tar.TypeReg, Name: "etc/.wh.issue"},
+		{Typeflag: tar.TypeReg, Name: "usr/games/.wh..wh..opq"},
+	} {
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// pyOdd tells what became of oddLayer's files.
+const pyOdd = `
+import os, stat
+s = os.stat('/odd/file')
+print(oct(s.st_mode), s.st_uid, s.st_gid, s.st_nlink, os.path.samefile('/odd/file', '/odd/hard'), os.getxattr('/odd/told', 'user.origin'))
+d = os.stat('/odd'); n = os.stat('/odd/null')
+print(oct(d.st_mode), d.st_uid, d.st_gid, stat.S_ISCHR(n.st_mode), os.major(n.st_rdev), os.minor(n.st_rdev), stat.S_ISFIFO(os.stat('/odd/fifo').st_mode))
+print(os.path.exists('/etc/issue'), os.path.exists('/etc/issue.net'))
+`
+
+func realWork(t *testing.T, h *home, ref string) {
+	h.run("run", "-d", "--name", "w", ref, "sleep", "10000")
+	defer h.run("rm", "-f", "w")
+	if got := h.run("exec", "w", "python3", "-c", pyWork); got != "20 3" {
+		t.Errorf("python: %q", got)
+	}
+	const c = `printf '#include <stdio.h>\nint main(){puts("compiled");}\n' > /root/a.c && gcc -o /root/a /root/a.c && /root/a`
+	if got := h.run("exec", "w", "sh", "-c", c); got != "compiled" {
+		t.Errorf("C: %q", got)
+	}
+	if got := h.run("exec", "w", "sh", "-c", debWork); got != "data\nStatus: install ok installed" {
+		t.Errorf("dpkg: %q", got)
+	}
+	h.run("exec", "w", "sh", "-c", "tar --one-file-system -cf /dev/null / 2>&1")
+	if got := h.run("exec", "w", "stat", "-c", "%a %U", "/usr/bin/passwd", "/tmp"); got != "4755 root\n1777 root" {
+		t.Errorf("modes: %q", got)
+	}
+	if ref != "debian-test:plain" { // that is of the root alone
+		want := "0o104750 1234 5678 2 True b'image'\n0o42775 70000 70001 True 1 3 True\nFalse True"
+		if got := h.run("exec", "w", "python3", "-c", pyOdd); got != want {
+			t.Errorf("odd files: %q, want %q", got, want)
+		}
+	}
+	h.run("stop", "-t", "5", "w")
+	h.run("start", "w")
+	if got := h.run("exec", "w", "sh", "-c", "/root/a; sqlite3 /root/work.db 'select count(*) from t'"); got != "compiled\n20" {
+		t.Errorf("after a restart: %q", got)
+	}
+}
+
+// gigabyte sends 1 GiB through a box and compares what comes back.
+func gigabyte(t *testing.T, h *home) {
+	h.run("run", "-d", "--name", "g", "base", "sleep", "10000")
+	defer h.run("rm", "-f", "g")
+	c := h.cmd("exec", "-i", "g", "cat")
+	sent, got := sha256.New(), sha256.New()
+	src := io.LimitReader(rand.NewChaCha8([32]byte{1}), 1<<30)
+	c.Stdin = io.TeeReader(src, sent)
+	c.Stdout = got
+	var errs bytes.Buffer
+	c.Stderr = &errs
+	if err := c.Run(); err != nil {
+		t.Fatalf("%v: %s", err, errs.String())
+	}
+	if a, b := hex.EncodeToString(sent.Sum(nil)), hex.EncodeToString(got.Sum(nil)); a != b {
+		t.Errorf("sent %s, got %s", a, b)
+	}
+}
+
+// TestVolumes: files and directories, ro enforced, links on neither side lead out.
+func TestVolumes(t *testing.T) {
+	h := newHome(t)
+	dir := filepath.Join(h.dir, "vol")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(h.dir, "one")
+	for p, s := range map[string]string{filepath.Join(dir, "f"): "dir", file: "file", filepath.Join(h.dir, "secret"): "secret"} {
+		if err := os.WriteFile(p, []byte(s), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(filepath.Join(h.dir, "secret"), filepath.Join(dir, "out")); err != nil {
+		t.Fatal(err)
+	}
+	h.run("run", "-d", "--name", "b", "-v", dir+":/v", "-v", dir+":/ro:ro", "-v", file+":/etc/one:ro", "base", "sleep", "1000")
+	if got := h.run("exec", "b", "cat", "/v/f", "/etc/one"); got != "dirfile" {
+		t.Errorf("read: %q", got)
+	}
+	h.run("exec", "b", "sh", "-c", "echo new > /v/new")
+	if b, _ := os.ReadFile(filepath.Join(dir, "new")); string(b) != "new\n" {
+		t.Errorf("written by the box: %q", b)
+	}
+	if st, err := os.Stat(filepath.Join(dir, "new")); err != nil || st.Mode().Perm() != 0o644 {
+		t.Errorf("mode of a file the box made: %v, %v", st.Mode(), err)
+	}
+	for _, w := range []string{"/ro/x", "/etc/one"} {
+		if _, code := h.try("exec", "b", "sh", "-c", "echo no > "+w); code == 0 {
+			t.Errorf("%s could be written to", w)
+		}
+	}
+	if out, code := h.try("exec", "b", "cat", "/v/out"); code == 0 || strings.Contains(out, "secret") {
+		t.Errorf("a link of the host led out of the volume: %q", out)
+	}
+	h.run("rm", "-f", "b")
+	if _, errs, code := h.all("run", "--rm", "-v", h.dir+"/nope:/v", "base", "true"); code != 125 || !strings.Contains(errs, "does not exist") {
+		t.Errorf("missing source: exit code %d: %s", code, errs)
+	}
+}
+
+// TestCopy: cp both ways, as docker cp does, and a link in the box leads nowhere on the host.
+func TestCopy(t *testing.T) {
+	h := newHome(t)
+	h.run("run", "-d", "--name", "b", "base", "sleep", "1000")
+	src := filepath.Join(h.dir, "src")
+	if err := os.MkdirAll(filepath.Join(src, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(src, "sub", "f"), []byte("content"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	h.run("cp", src, "b:/root/new")
+	h.run("cp", src, "b:/root")
+	if got := h.run("exec", "b", "cat", "/root/new/sub/f", "/root/src/sub/f"); got != "contentcontent" {
+		t.Errorf("in the box: %q", got)
+	}
+	out := filepath.Join(h.dir, "out")
+	h.run("cp", "b:/root/new", out)
+	if b, _ := os.ReadFile(filepath.Join(out, "sub", "f")); string(b) != "content" {
+		t.Errorf("copied out: %q", b)
+	}
+	// The box plants a link and a file behind it.
+	h.run("exec", "b", "sh", "-c", "mkdir /root/evil; ln -s "+h.dir+" /root/evil/link")
+	h.run("cp", "b:/root/evil", filepath.Join(h.dir, "evil"))
+	if l, err := os.Readlink(filepath.Join(h.dir, "evil", "link")); err != nil || l != h.dir {
+		t.Errorf("the link: %q, %v", l, err)
+	}
+	if _, _, code := h.all("cp", "b:/root/none", out); code != 125 {
+		t.Errorf("missing source: exit code %d", code)
+	}
+	h.run("rm", "-f", "b")
+}
