@@ -26,11 +26,13 @@ type shell struct {
 	c      *call
 	runner *interp.Runner
 	parser *syntax.Parser
-	// replace is set while the statement that runs is an exec of the shell's own, in no pipeline and no subshell: those are
-	// goroutines of this process and must not take it away.
-	replace bool
-	status  interp.ExitStatus // of the last statement
+	status interp.ExitStatus // of the last statement
 }
+
+// replaceKey is the context's key for where the exec is that may replace the shell: a statement of the shell's own, in no
+// pipeline, no subshell and no substitution. Those are goroutines of this process and must not take it away; nor must a job left
+// in the background by an earlier statement, which is why this is no field of the shell.
+type replaceKey struct{}
 
 func sh(c *call) error {
 	args := c.args
@@ -143,9 +145,11 @@ func (s *shell) last() error {
 
 func (s *shell) run(st *syntax.Stmt) error {
 	call, ok := st.Cmd.(*syntax.CallExpr)
-	s.replace = ok && !st.Background && !st.Negated && len(call.Args) > 1 && call.Args[0].Lit() == "exec"
-	defer func() { s.replace = false }()
-	err := s.runner.Run(context.Background(), st)
+	ctx := context.Background()
+	if ok && !st.Background && !st.Negated && len(call.Args) > 1 && call.Args[0].Lit() == "exec" {
+		ctx = context.WithValue(ctx, replaceKey{}, call.Args[0].Pos())
+	}
+	err := s.runner.Run(ctx, st)
 	var status interp.ExitStatus
 	if err != nil && (!errors.As(err, &status) || s.runner.Exited()) {
 		return err
@@ -324,7 +328,7 @@ func (s *shell) call(ctx context.Context, args []string) ([]string, error) {
 			return append([]string{path}, args[1:]...), nil
 		}
 	}
-	if !s.replace || args[0] != "exec" {
+	if args[0] != "exec" || ctx.Value(replaceKey{}) != hc.Pos {
 		return args, nil
 	}
 	path, err := interp.LookPathDir(hc.Dir, hc.Env, args[1])

@@ -71,6 +71,8 @@ func TestCommands(t *testing.T) {
 		"exec":            {script: "exec sh -c 'exit 3'; echo no", code: 3},
 		"exec elsewhere":  {script: "exec echo hi >f; echo no", out: ""},
 		"exec in a pipe":  {script: "exec echo hi | cat; echo on", out: "hi\non\n"},
+		"exec in $()":     {script: "exec echo $(exec echo in)", out: "in\n"},
+		"exec in job":     {script: "(sleep 0.05; exec echo job) & wait; exec echo own", out: "job\nown\n"},
 		"exit trap":       {script: "trap 'echo bye' EXIT; exit 4", out: "bye\n", code: 4},
 		"background":      {script: "sleep 0.01 & wait; echo done", out: "done\n"},
 		"stdin script":    {script: "sh", stdin: "read x\nvalue\necho got $x\nexit 5\n", out: "got value\n", code: 5},
