@@ -117,23 +117,26 @@ func (r *Runtime) Get(ctx context.Context, ref string) (*Box, error) {
 }
 
 // List returns all boxes, oldest first. What it says of each was looked at, not only read: a box whose supervisor was killed is
-// reaped and shown as ended.
+// reaped and shown as ended. One that cannot be looked at or ended is listed as it is on record, with what is wrong in its Error and
+// in the error that comes with the list.
 func (r *Runtime) List(ctx context.Context) ([]Info, error) {
 	boxes, err := r.db.List(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var out []Info
+	out := make([]Info, 0, len(boxes))
+	var errs []error
 	for _, b := range boxes {
-		b, err := r.refresh(ctx, b)
+		now, err := r.refresh(ctx, b)
 		if err != nil {
-			return nil, err
+			b.Error, now = err.Error(), b
+			errs = append(errs, err)
 		}
-		if b != nil {
-			out = append(out, r.info(b))
+		if now != nil {
+			out = append(out, r.info(now))
 		}
 	}
-	return out, nil
+	return out, errors.Join(errs...)
 }
 
 // Info looks at the box.

@@ -44,17 +44,19 @@ type Stats struct {
 	Name        string        `json:"name"`
 	CPU         time.Duration `json:"cpu"`
 	Memory      int64         `json:"memory"`       // bytes; proportional share where no control group counts it; -1: not known
-	MemoryLimit int64         `json:"memory_limit"` // bytes; 0: none
+	MemoryLimit int64         `json:"memory_limit"` // bytes; 0: none is enforced
 	PIDs        int           `json:"pids"`
 }
 
-// Stats measures the given boxes, or all that run.
+// Stats measures the given boxes, or all that run. What it could measure comes with the error about what it could not.
 func (r *Runtime) Stats(ctx context.Context, refs ...string) ([]Stats, error) {
 	var boxes []*state.Box
+	var errs []error
 	for _, ref := range refs {
 		b, err := r.db.Get(ctx, ref)
 		if err != nil {
-			return nil, err
+			errs = append(errs, err)
+			continue
 		}
 		boxes = append(boxes, b)
 	}
@@ -67,17 +69,26 @@ func (r *Runtime) Stats(ctx context.Context, refs ...string) ([]Stats, error) {
 	}
 	out := []Stats{}
 	for _, b := range boxes {
-		out = append(out, r.stats(b))
+		// The record may say that a box runs whose supervisor was killed.
+		now, err := r.refresh(ctx, b)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if now != nil && (len(refs) > 0 || now.Phase == state.Running) {
+			out = append(out, r.stats(now))
+		}
 	}
-	return out, nil
+	return out, errors.Join(errs...)
 }
 
 func (r *Runtime) stats(b *state.Box) Stats {
-	s := Stats{ID: b.ID, Name: b.Name, Memory: -1, MemoryLimit: b.Spec.Resources.Memory}
+	s := Stats{ID: b.ID, Name: b.Name, Memory: -1}
 	t := r.keeper.Target(b)
 	if t.Cgroup != nil {
 		if g, err := cgroup.Open(*t.Cgroup); err == nil {
-			s.Memory = g.Stats().Memory
+			use := g.Stats()
+			s.Memory, s.MemoryLimit = use.Memory, max(0, use.MemoryLimit)
 		}
 	}
 	if t.Init == nil {
@@ -137,8 +148,9 @@ func (r *Runtime) HostInfo(ctx context.Context) (HostInfo, error) {
 	} else {
 		i.Engine = "none: " + err.Error()
 	}
+	// Boxes that cannot be looked at are what List and Doctor tell of; here they count as they are on record.
 	boxes, err := r.List(ctx)
-	if err != nil {
+	if err != nil && boxes == nil {
 		return i, err
 	}
 	for _, b := range boxes {
@@ -165,10 +177,10 @@ type Pruned struct {
 func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 	var out Pruned
 	infos, err := r.List(ctx)
-	if err != nil {
+	if err != nil && infos == nil {
 		return out, err
 	}
-	var errs []error
+	errs := []error{err}
 	for _, i := range infos {
 		if state.Phase(i.Status).Live() {
 			continue
@@ -340,10 +352,14 @@ func Doctor(ctx context.Context, c Config, fix bool) ([]Finding, error) {
 		add("helper", err.Error(), true, "")
 	}
 	boxes, err := rt.List(ctx)
-	if err != nil {
+	if err != nil && boxes == nil {
 		return out, err
 	}
-	add("boxes", fmt.Sprintf("%d recorded", len(boxes)), false, "")
+	if err == nil {
+		add("boxes", fmt.Sprintf("%d recorded", len(boxes)), false, "")
+	} else {
+		add("boxes", err.Error(), true, "end what is named, if it is yours; then coffer rm -f the box")
+	}
 	orphans, err := findOrphans(ctx, rt.home, rt.db)
 	if err != nil {
 		return out, err

@@ -141,7 +141,8 @@ func (b *Box) open(ctx context.Context, rec *state.Box, restarts int, attached b
 		return nil, nil, fmt.Errorf("start box %s: %w", rec.Name, err)
 	}
 	rec, err := b.rt.db.Update(ctx, b.id, state.Change{}, func(s *state.Box) error {
-		s.Phase, s.Handles, s.ManualStop, s.Error, s.OOMKilled = state.Starting, nil, false, "", false
+		s.Phase, s.Handles, s.ManualStop = state.Starting, nil, false
+		s.ExitCode, s.Reason, s.Error, s.OOMKilled = 0, "", "", false // they were the last generation's
 		s.Generation++
 		s.RestartCount = restarts
 		return nil

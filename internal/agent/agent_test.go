@@ -64,7 +64,7 @@ func startAgent(t testing.TB, prepare func(*exec.Cmd)) *wire.Client {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), childEnv+"=1", "GORACE=halt_on_error=1 exitcode=66")
+	cmd.Env = append(os.Environ(), childEnv+"=1", "GORACE=halt_on_error=1 exitcode=66 atexit_sleep_ms=0")
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stderr = os.Stderr
 	if prepare != nil {

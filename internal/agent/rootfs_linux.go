@@ -285,7 +285,16 @@ func (b *boxRoot) tmpfs(s wire.Setup) error {
 		if t.Size > 0 {
 			opts += fmt.Sprintf(",size=%d", t.Size)
 		}
-		if err := unix.Mount("tmpfs", p, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
+		var flags uintptr
+		for _, f := range []struct {
+			set  bool
+			flag uintptr
+		}{{!t.Exec, unix.MS_NOEXEC}, {!t.SUID, unix.MS_NOSUID}, {!t.Dev, unix.MS_NODEV}, {t.ReadOnly, unix.MS_RDONLY}} {
+			if f.set {
+				flags |= f.flag
+			}
+		}
+		if err := unix.Mount("tmpfs", p, "tmpfs", flags, opts); err != nil {
 			return fmt.Errorf("mount tmpfs on %s: %w", t.Target, err)
 		}
 	}

@@ -537,13 +537,14 @@ func (g *Group) freezer(_ context.Context, v2, v1 string) error {
 // Stats is what the tree uses. A field is -1 where the host does not count it.
 type Stats struct {
 	Memory, MemoryPeak int64 // bytes
+	MemoryLimit        int64 // bytes; -1 too where there is no limit
 	CPUMicros          int64
 	PIDs               int64
 }
 
 // Stats reads the tree's use.
 func (g *Group) Stats() Stats {
-	s := Stats{-1, -1, -1, -1}
+	s := Stats{-1, -1, -1, -1, -1}
 	read := func(dst *int64, dir, name string) {
 		if dir == "" {
 			return
@@ -558,6 +559,7 @@ func (g *Group) Stats() Stats {
 		t := g.leaf(Tree)
 		read(&s.Memory, t, "memory.current")
 		read(&s.MemoryPeak, t, "memory.peak")
+		read(&s.MemoryLimit, t, "memory.max") // "max" is no number
 		read(&s.PIDs, t, "pids.current")
 		if b, err := os.ReadFile(filepath.Join(t, "cpu.stat")); err == nil {
 			s.CPUMicros = field(string(b), "usage_usec")
@@ -565,6 +567,7 @@ func (g *Group) Stats() Stats {
 	}
 	read(&s.Memory, g.rec.V1["memory"], "memory.usage_in_bytes")
 	read(&s.MemoryPeak, g.rec.V1["memory"], "memory.max_usage_in_bytes")
+	read(&s.MemoryLimit, g.rec.V1["memory"], "memory.limit_in_bytes") // there is such a directory only for a limit
 	read(&s.PIDs, g.rec.V1["pids"], "pids.current")
 	return s
 }

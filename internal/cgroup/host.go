@@ -279,6 +279,20 @@ func (h *Host) Supports(l Limits) error {
 		"or ask for best-effort limits (--limits-best-effort)", strings.Join(missing, ", "), ErrUnsupported, why)
 }
 
+// Enforceable is what of the limits this host can enforce.
+func (h *Host) Enforceable(l Limits) Limits {
+	if !h.controls("memory") {
+		l.Memory = 0
+	}
+	if !h.controls("cpu") {
+		l.CPUs = 0
+	}
+	if !h.controls("pids") {
+		l.PIDs = 0
+	}
+	return l
+}
+
 func (l Limits) controllers() []string {
 	var out []string
 	if l.Memory > 0 {

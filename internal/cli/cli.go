@@ -69,6 +69,8 @@ func (a *app) report(err error) int {
 	case err == nil:
 		return 0
 	case errors.As(err, &exit):
+		// What failed on the way to it has been told; what came with it has not.
+		a.complainOfOthers(err)
 		return int(exit)
 	case errors.As(err, &ran):
 		if ran.TimedOut {
@@ -235,8 +237,27 @@ func (a *app) each(ctx context.Context, refs []string, fn func(ref string, b *co
 	})
 }
 
-// complain prints an error.
-func (a *app) complain(err error) { fmt.Fprintln(a.err, "coffer:", err) }
+// complainOfOthers prints the parts of a joined error that are more than an exit code.
+func (a *app) complainOfOthers(err error) {
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return
+	}
+	for _, e := range joined.Unwrap() {
+		if exit := exitError(0); errors.As(e, &exit) {
+			a.complainOfOthers(e)
+		} else {
+			a.complain(e)
+		}
+	}
+}
+
+// complain prints an error, each part of a joined one on a line of its own.
+func (a *app) complain(err error) {
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintln(a.err, "coffer:", strings.TrimSuffix(line, "\n"))
+	}
+}
 
 func isTerminal(w any) bool {
 	f, ok := w.(*os.File)

@@ -33,9 +33,9 @@ func (a *app) psCmd() *cobra.Command {
 			return err
 		}
 		return a.with(c.Context(), func(rt *coffer.Runtime) error {
-			infos, err := rt.List(c.Context())
-			if err != nil {
-				return err
+			infos, failed := rt.List(c.Context())
+			if failed != nil && infos == nil {
+				return failed
 			}
 			infos = slices.DeleteFunc(infos, func(i coffer.Info) bool {
 				return !keep(i) || !all && !byStatus && i.Status != "running" && i.Status != "paused" && i.Status != "starting" && i.Status != "stopping"
@@ -45,20 +45,20 @@ func (a *app) psCmd() *cobra.Command {
 				for _, i := range infos {
 					fmt.Fprintln(a.out, i.ID[:12])
 				}
-				return nil
+				return failed
 			}
 			rows := make([]psRow, len(infos))
 			for n, i := range infos {
 				rows[n] = psRow{i}
 			}
-			return show(a.out, f, rows, []column[psRow]{
+			return errors.Join(failed, show(a.out, f, rows, []column[psRow]{
 				{"BOX ID", func(r psRow) string { return r.ID[:12] }},
 				{"IMAGE", func(r psRow) string { return r.Image }},
 				{"COMMAND", func(r psRow) string { return strconv.Quote(cut(strings.Join(r.Command, " "), 24)) }},
 				{"CREATED", psRow.RunningFor},
 				{"STATUS", func(r psRow) string { return status(r.Info) }},
 				{"NAME", psRow.Names},
-			})
+			}))
 		})
 	}
 	return c
@@ -254,14 +254,11 @@ func (a *app) statsCmd() *cobra.Command {
 	c.RunE = func(c *cobra.Command, args []string) error {
 		return a.with(c.Context(), func(rt *coffer.Runtime) error {
 			for {
-				stats, err := rt.Stats(c.Context(), args...)
-				if err != nil {
-					return err
-				}
+				stats, failed := rt.Stats(c.Context(), args...)
 				if isTerminal(a.out) && !noStream {
 					fmt.Fprint(a.out, "\x1b[2J\x1b[H")
 				}
-				if err := show(a.out, f, stats, statColumns()); err != nil {
+				if err := errors.Join(failed, show(a.out, f, stats, statColumns())); err != nil {
 					return err
 				}
 				// In a pipe one picture is what a reader can use.

@@ -35,7 +35,7 @@ func (o *boxFlags) add(f *pflag.FlagSet) {
 	f.StringArrayVar(&o.envFiles, "env-file", nil, "read environment variables from a file")
 	f.StringArrayVarP(&o.labels, "label", "l", nil, "set a label (key=value)")
 	f.StringArrayVar(&o.ulimits, "ulimit", nil, "set a resource limit (name=soft[:hard])")
-	f.StringArrayVar(&o.tmpfs, "tmpfs", nil, "mount a file system in memory (path[:size=64m,mode=1777])")
+	f.StringArrayVar(&o.tmpfs, "tmpfs", nil, "mount a file system in memory (path[:size=64m,mode=1777,exec,suid,dev,ro])")
 	f.StringArrayVarP(&o.volumes, "volume", "v", nil, "show a file or directory of the host (host:box[:ro]), or make an anonymous volume (box)")
 	f.StringVar(&o.name, "name", "", "name of the box")
 	f.StringVarP(&o.dir, "workdir", "w", "", "working directory in the box")
@@ -199,7 +199,15 @@ func tmpfs(s string) (coffer.Tmpfs, error) {
 		k, v, _ := strings.Cut(o, "=")
 		var err error
 		switch k {
-		case "", "rw", "nosuid", "nodev", "noexec":
+		case "":
+		case "rw", "ro":
+			t.ReadOnly = k == "ro"
+		case "exec", "noexec":
+			t.Exec = k == "exec"
+		case "suid", "nosuid":
+			t.SUID = k == "suid"
+		case "dev", "nodev":
+			t.Dev = k == "dev"
 		case "size":
 			t.Size, err = units.RAMInBytes(v)
 		case "mode":
@@ -210,7 +218,7 @@ func tmpfs(s string) (coffer.Tmpfs, error) {
 			err = errors.New("unknown option " + strconv.Quote(k))
 		}
 		if err != nil {
-			return t, fmt.Errorf("--tmpfs %q: %w: use path[:size=64m,mode=1777]", s, err)
+			return t, fmt.Errorf("--tmpfs %q: %w: use path[:size=64m,mode=1777,exec,suid,dev,ro]", s, err)
 		}
 	}
 	return t, nil

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -112,7 +113,24 @@ func Spawn(cfg Config) (*Jail, error) {
 		parent.Close()
 		return nil, explainSpawn(err)
 	}
+	if cfg.Cgroup != nil && unborn(cmd.Process.Pid) {
+		// Once the spawner's own control group was killed, some kernels (6.18 is one) kill whatever its members clone into another,
+		// for good. A process that is moved there later is left alone.
+		_ = cmd.Wait()
+		parent.Close()
+		if pidfd >= 0 {
+			unix.Close(pidfd)
+		}
+		cfg.Cgroup = nil
+		return Spawn(cfg)
+	}
 	return &Jail{cmd: cmd, control: parent, order: o, pidfd: pidfd, done: make(chan struct{}), ready: make(chan struct{})}, nil
+}
+
+// unborn tells whether a child that was started without an error had died before its program ran: it has no memory any more.
+func unborn(pid int) bool {
+	_, err := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe")
+	return errors.Is(err, unix.ENOENT)
 }
 
 // wideFD is open in the jail's first process, and closed in its program, to have their tables of descriptors made wide enough for what

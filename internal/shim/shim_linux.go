@@ -110,6 +110,7 @@ type shim struct {
 	handles lifecycle.Handles
 	group   *cgroup.Group
 	host    *cgroup.Host
+	limits  *jail.Layer // whether the limits that were asked for are enforced; nil: none were
 }
 
 func (s *shim) run(ctx context.Context) (err error) {
@@ -224,6 +225,9 @@ func (s *shim) Launch(ctx context.Context, cfg jail.Config) (out *jail.Jail, err
 	if err != nil {
 		return nil, err
 	}
+	if s.limits != nil {
+		layers = append(layers, *s.limits)
+	}
 	if s.box.Layers, err = json.Marshal(layers); err != nil {
 		return nil, err
 	}
@@ -259,9 +263,14 @@ func (s *shim) enter(ctx context.Context) error {
 	}
 	r := s.box.Spec.Resources
 	lim := cgroup.Limits{Memory: r.Memory, CPUs: r.CPUs, PIDs: r.PIDs}
-	if r.BestEffort && s.host.Supports(lim) != nil {
-		s.log.Warn("limits are not enforced", "reason", s.host.Supports(lim))
-		lim = cgroup.Limits{}
+	s.limits = nil
+	if lim != (cgroup.Limits{}) {
+		s.limits = &jail.Layer{Name: "limits", Active: true}
+	}
+	if err := s.host.Supports(lim); err != nil && r.BestEffort {
+		s.limits.Active, s.limits.Detail = false, err.Error()
+		s.log.Warn("not every limit is enforced", "reason", err)
+		lim = s.host.Enforceable(lim)
 	}
 	name := s.keeper.Home.GenerationName(s.args.ID, s.box.Generation)
 	if s.group, err = s.host.Create(ctx, name, lim); err != nil {

@@ -62,11 +62,16 @@ type Resources struct {
 	BestEffort bool    `json:"best_effort,omitempty"`
 }
 
-// Tmpfs is a file system in memory, mounted inside the box.
+// Tmpfs is a file system in memory, mounted inside the box. As with Docker, nothing on it can be executed, is set-user-id or a
+// device, unless that is asked for.
 type Tmpfs struct {
-	Target string `json:"target"`
-	Size   int64  `json:"size,omitempty"` // bytes; 0: the kernel's default
-	Mode   uint32 `json:"mode,omitempty"` // permission bits; 0: 01777
+	Target   string `json:"target"`
+	Size     int64  `json:"size,omitempty"` // bytes; 0: the kernel's default
+	Mode     uint32 `json:"mode,omitempty"` // permission bits; 0: 01777
+	ReadOnly bool   `json:"read_only,omitempty"`
+	Exec     bool   `json:"exec,omitempty"`
+	SUID     bool   `json:"suid,omitempty"`
+	Dev      bool   `json:"dev,omitempty"`
 }
 
 // Volume is a host file or directory seen inside the box.

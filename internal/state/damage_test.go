@@ -177,9 +177,7 @@ func TestNewerSchema(t *testing.T) {
 func TestHomeThatCannotBeUsed(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	must(t, os.WriteFile(file, nil, 0o600))
-	instance := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(instance, instanceFile), []byte("short\n"), 0o600))
-	homes := map[string]string{"a file": file, "below a file": filepath.Join(file, "x"), "a damaged identity": instance}
+	homes := map[string]string{"a file": file, "below a file": filepath.Join(file, "x")}
 	if os.Geteuid() == 0 {
 		other := t.TempDir()
 		must(t, os.Chown(other, 48231, 48231))
@@ -200,7 +198,7 @@ func TestHomeThatCannotBeUsed(t *testing.T) {
 		if !strings.Contains(err.Error(), home) || !strings.Contains(err.Error(), ": ") || errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if name != "a damaged identity" && !strings.Contains(err.Error(), "COFFER_HOME") {
+		if !strings.Contains(err.Error(), "COFFER_HOME") {
 			t.Errorf("%s: the error names no next step: %v", name, err)
 		}
 	}
@@ -220,6 +218,40 @@ func TestIdentityOutlivesTheDatabase(t *testing.T) {
 	defer db.Close()
 	if len(id) != 16 || db.Instance() != id {
 		t.Errorf("was %q, is %q", id, db.Instance())
+	}
+}
+
+// TestLostIdentity: under a new identity a home would find none of its processes.
+func TestLostIdentity(t *testing.T) {
+	for name, damage := range map[string]func(path string) error{
+		"gone":    os.Remove,
+		"empty":   func(path string) error { return os.Truncate(path, 0) },
+		"cut off": func(path string) error { return os.Truncate(path, 7) },
+		"no hex":  func(path string) error { return os.WriteFile(path, []byte("0123456789abcdeX\n"), 0o600) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			home := t.TempDir()
+			db := mustOpen(t, home)
+			id := db.Instance()
+			must(t, db.Close())
+			must(t, damage(filepath.Join(home, instanceFile)))
+			db = mustOpen(t, home)
+			if db.Instance() != id {
+				t.Errorf("was %q, is %q", id, db.Instance())
+			}
+			must(t, db.Close())
+			if b, err := os.ReadFile(filepath.Join(home, instanceFile)); err != nil || string(b) != id+"\n" {
+				t.Errorf("the file now holds %q, %v", b, err)
+			}
+
+			// Nor does it take one when both are lost and there are boxes.
+			must(t, damage(filepath.Join(home, instanceFile)))
+			must(t, os.Remove(filepath.Join(home, File)))
+			must(t, os.MkdirAll(filepath.Join(home, "boxes", "x"), 0o700))
+			if db, err := Open(t.Context(), home); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("opened: %v, %v", db, err)
+			}
+		})
 	}
 }
 

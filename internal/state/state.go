@@ -128,13 +128,16 @@ CREATE TABLE events (
 	seq INTEGER PRIMARY KEY AUTOINCREMENT,
 	data TEXT NOT NULL
 ) STRICT;
+CREATE TABLE home (instance TEXT NOT NULL) STRICT;
 PRAGMA user_version = 1;
 `
 
 // File is the database's name in the home directory.
 const File = "state.db"
 
-// instanceFile keeps the home's identity outside the database, so that a lost database does not lose the names of resources.
+// instanceFile keeps the home's identity outside the database, so that a lost database does not lose the names of resources. The
+// database has it too, so that the file can be lost as well: never does a home with boxes take a new identity, under which it would
+// find none of its own processes.
 const instanceFile = "instance"
 
 // busy is how long a writer waits for another.
@@ -163,6 +166,11 @@ func open(ctx context.Context, home string, fresh bool) (*DB, error) {
 		return nil, err
 	}
 	path := filepath.Join(home, File)
+	if st, err := os.Stat(path); instance == "" && boxDirs(home) == 0 && (err != nil || st.Size() == 0) {
+		if instance, err = makeInstance(home, newInstance()); err != nil {
+			return nil, err
+		}
+	}
 	if !fresh {
 		if err := lost(home); err != nil {
 			return nil, err
@@ -186,6 +194,9 @@ func open(ctx context.Context, home string, fresh bool) (*DB, error) {
 	// SQLite waits for other writers, but not for others that make the same database at the same moment.
 	for deadline := time.Now().Add(busy); ; {
 		err := d.migrate(ctx, fresh)
+		if err == nil {
+			err = d.identify(ctx)
+		}
 		if err == nil {
 			d.keepRoom()
 			return d, nil
@@ -240,35 +251,66 @@ func keepPrivate(home, path string) error {
 	return nil
 }
 
+// readInstance returns the home's identity; "" where there is no file, or one that holds none.
 func readInstance(home string) (string, error) {
-	path := filepath.Join(home, instanceFile)
-	b, err := os.ReadFile(path)
-	if err == nil {
-		if id := strings.TrimSpace(string(b)); len(id) == 16 {
-			return id, nil
-		}
-		return "", fmt.Errorf("%s is damaged: it must hold 16 hexadecimal digits, those in the names under the home's run directory; "+
-			"restore it, or remove the file when no box of this home runs", path)
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
+	b, err := os.ReadFile(filepath.Join(home, instanceFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", homeError(home, err)
 	}
+	id := strings.TrimSpace(string(b))
+	if raw, err := hex.DecodeString(id); err != nil || len(raw) != 8 {
+		return "", nil
+	}
+	return id, nil
+}
+
+func newInstance() string {
 	raw := make([]byte, 8)
 	_, _ = rand.Read(raw) // never fails
+	return hex.EncodeToString(raw)
+}
+
+// makeInstance writes the home's identity, unless another process has, and returns the one that counts.
+func makeInstance(home, id string) (string, error) {
+	path := filepath.Join(home, instanceFile)
 	tmp, err := os.CreateTemp(home, ".instance-*")
 	if err != nil {
 		return "", homeError(home, err)
 	}
 	defer os.Remove(tmp.Name())
-	_, err = fmt.Fprintln(tmp, hex.EncodeToString(raw))
+	_, err = fmt.Fprintln(tmp, id)
 	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
 		return "", homeError(home, err)
 	}
 	// A link, unlike a rename, lets the first of several processes win.
-	if err := os.Link(tmp.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
+	err = os.Link(tmp.Name(), path)
+	if errors.Is(err, fs.ErrExist) {
+		var have string
+		if have, err = readInstance(home); err != nil || have != "" {
+			return have, err
+		}
+		err = os.Rename(tmp.Name(), path) // what is there is damaged
+	}
+	if err != nil {
 		return "", homeError(home, err)
 	}
-	return readInstance(home)
+	return id, nil
+}
+
+// identify restores a lost instance file from the database.
+func (d *DB) identify(ctx context.Context) error {
+	if d.instance != "" {
+		return nil
+	}
+	var id string
+	if err := d.db.QueryRowContext(ctx, "SELECT instance FROM home").Scan(&id); errors.Is(err, sql.ErrNoRows) {
+		return d.damaged(errors.New("it does not say which home it is of, and the file " + instanceFile + " is lost"))
+	} else if err != nil {
+		return d.explain("open", err)
+	}
+	var err error
+	d.instance, err = makeInstance(d.dir, id)
+	return err
 }
 
 // lost tells a home with boxes whose database is not there or has nothing in it. It looks before the database is opened: that would
@@ -314,12 +356,26 @@ func (d *DB) migrate(ctx context.Context, fresh bool) error {
 		}
 		return emptyError(d.dir, n)
 	}
+	if d.instance == "" {
+		// Whoever made the database made the file first; nobody did where both were lost.
+		id, err := readInstance(d.dir)
+		if err == nil && id == "" {
+			id, err = makeInstance(d.dir, newInstance())
+		}
+		if err != nil {
+			return err
+		}
+		d.instance = id
+	}
 	return d.tx(ctx, func(tx *sql.Tx) error {
 		// Another process may have done it while this one waited.
 		if err := tx.QueryRowContext(ctx, "PRAGMA user_version").Scan(&v); err != nil || v == schemaVersion {
 			return err
 		}
-		_, err := tx.ExecContext(ctx, schema)
+		if _, err := tx.ExecContext(ctx, schema); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, "INSERT INTO home (instance) VALUES (?)", d.instance)
 		return err
 	})
 }

@@ -43,7 +43,8 @@ func runScript(t *testing.T, script, stdin string) (out, errOut string, code int
 	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "sh"), "-c", script, "name", "first", "second")
 	cmd.Args[0] = "sh"
 	cmd.Dir = t.TempDir()
-	cmd.Env = []string{"PATH=" + bin, "HOME=/", "TZ=UTC"}
+	// The race detector's runtime would have every command wait a second at its end.
+	cmd.Env = []string{"PATH=" + bin, "HOME=/", "TZ=UTC", "GORACE=atexit_sleep_ms=0"}
 	cmd.Stdin = strings.NewReader(stdin)
 	var o, e bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &o, &e
