@@ -4,15 +4,19 @@ import (
 	"archive/tar"
 	"bytes"
 	"crypto/sha256"
+	_ "embed"
 	"encoding/hex"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -135,7 +139,7 @@ func debianImage(t *testing.T, root string) v1.Image {
 		t.Fatal(err)
 	}
 	cf = cf.DeepCopy()
-	cf.OS, cf.Architecture = "linux", "amd64"
+	cf.OS, cf.Architecture = "linux", runtime.GOARCH
 	cf.Config.Cmd = []string{"/bin/bash"}
 	cf.Config.Env = []string{"GREETING=hello"}
 	img, err = mutate.ConfigFile(img, cf)
@@ -164,6 +168,7 @@ func oddLayer(t *testing.T) v1.Layer {
 			t.Fatal(err)
 		}
 	}
+	addTree(t, w)
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -173,6 +178,46 @@ func oddLayer(t *testing.T) v1.Layer {
 	}
 	return l
 }
+
+// addTree adds the tree that pyFiles works on.
+func addTree(t *testing.T, w *tar.Writer) {
+	t.Helper()
+	add := func(h tar.Header, content string) {
+		h.Name, h.Size, h.ModTime = "tree/"+h.Name, int64(len(content)), time.Unix(2000, 0)
+		if h.Mode == 0 {
+			h.Mode = 0o644
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, d := range []string{"", "d/", "d/sub/", "full/", "full/x/", "links/"} {
+		add(tar.Header{Typeflag: tar.TypeDir, Name: d, Mode: 0o755}, "")
+	}
+	add(tar.Header{Typeflag: tar.TypeDir, Name: "e/", Mode: 0o1777}, "")
+	for _, f := range []string{"a", "c", "d/sub/g", "full/x/y"} {
+		add(tar.Header{Typeflag: tar.TypeReg, Name: f}, strings.Repeat(f, 10))
+	}
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "big"}, strings.Repeat("big", 100000))
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "b", Mode: 0o4711}, "b")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "d/f", Uid: 70000, Gid: 123}, "f")
+	add(tar.Header{Typeflag: tar.TypeLink, Name: "c2", Linkname: "tree/c"}, "")
+	for name, target := range map[string]string{"s": "a", "d/up": "../a", "dangling": "nowhere", "d/dl": "sub", "longlink": strings.Repeat("x", 3000)} {
+		add(tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777, Uid: 5, Gid: 6}, "")
+	}
+	add(tar.Header{Typeflag: tar.TypeFifo, Name: "fifo"}, "")
+	for i := range 300 {
+		add(tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("links/n%d", i)}, "n")
+	}
+}
+
+// pyFiles does the same things to files of an image and to files in memory.
+//
+//go:embed testdata/files.py
+var pyFiles string
 
 // pyOdd tells what became of oddLayer's files.
 const pyOdd = `
@@ -197,7 +242,7 @@ func realWork(t *testing.T, h *home, ref string) {
 	if got := h.run("exec", "w", "sh", "-c", debWork); got != "data\nStatus: install ok installed" {
 		t.Errorf("dpkg: %q", got)
 	}
-	h.run("exec", "w", "sh", "-c", "tar --one-file-system -cf /dev/null / 2>&1")
+	h.run("exec", "w", "sh", "-c", "tar --one-file-system -cf - / 2>&1 | cat > /dev/null")
 	if got := h.run("exec", "w", "stat", "-c", "%a %U", "/usr/bin/passwd", "/tmp"); got != "4755 root\n1777 root" {
 		t.Errorf("modes: %q", got)
 	}
@@ -205,6 +250,10 @@ func realWork(t *testing.T, h *home, ref string) {
 		want := "0o104750 1234 5678 2 True b'image'\n0o42775 70000 70001 True 1 3 True\nFalse True"
 		if got := h.run("exec", "w", "python3", "-c", pyOdd); got != want {
 			t.Errorf("odd files: %q, want %q", got, want)
+		}
+		h.run("exec", "w", "sh", "-c", "mkdir /dev/shm/m && cp -a /tree /dev/shm/m/tree")
+		if got := h.run("exec", "w", "python3", "-c", pyFiles, "/dev/shm/m/tree", "/tree"); got != "differences: 0" {
+			t.Errorf("files of the image and in memory:\n%s", got)
 		}
 	}
 	h.run("stop", "-t", "5", "w")
