@@ -156,7 +156,7 @@ func (b *Box) Info(ctx context.Context) (Info, error) {
 
 // refresh reconciles a record that may be out of date, if nobody else is working on that box right now.
 func (r *Runtime) refresh(ctx context.Context, b *state.Box) (*state.Box, error) {
-	settled := !b.Phase.Live() && b.Phase != state.Removing && b.Phase != state.Creating
+	settled := !b.Phase.Live() && b.Phase != state.Removing && b.Phase != state.Creating && !b.Visit
 	if settled && !lifecycle.WantsRestart(b) {
 		return b, nil
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/coffer-box/coffer/internal/image"
 	"github.com/coffer-box/coffer/internal/logfile"
+	"github.com/coffer-box/coffer/internal/shim"
 	"github.com/coffer-box/coffer/internal/state"
 	"github.com/coffer-box/coffer/internal/supervise"
 	"github.com/coffer-box/coffer/internal/wire"
@@ -28,25 +29,72 @@ type FileInfo = wire.FileInfo
 // ProcessInfo is one process of a box.
 type ProcessInfo = wire.ProcessInfo
 
-// CopyOut writes a tar archive of a file or directory of the running box to w. Names begin with the last element of path.
+// CopyOut writes a tar archive of a file or directory of the box to w. Names begin with the last element of path. Like CopyIn and
+// Stat it also works on a box that does not run: its kernel is started for it, its main process is not.
 func (b *Box) CopyOut(ctx context.Context, path string, follow bool, w io.Writer) error {
-	return b.withAgent(ctx, func(c *wire.Client) error { return c.TarOut(ctx, path, follow, w) })
+	return b.withFiles(ctx, func(c *wire.Client) error { return c.TarOut(ctx, path, follow, w) })
 }
 
-// CopyIn unpacks a tar archive into a directory of the running box.
+// CopyIn unpacks a tar archive into a directory of the box.
 func (b *Box) CopyIn(ctx context.Context, dir string, r io.Reader) error {
-	return b.withAgent(ctx, func(c *wire.Client) error { return c.TarIn(ctx, dir, r, wire.TarInOptions{NoOverwriteDir: true}) })
+	return b.withFiles(ctx, func(c *wire.Client) error { return c.TarIn(ctx, dir, r, wire.TarInOptions{NoOverwriteDir: true}) })
 }
 
-// Stat describes a file of the running box.
+// Stat describes a file of the box.
 func (b *Box) Stat(ctx context.Context, path string, follow bool) (FileInfo, error) {
 	var fi FileInfo
-	err := b.withAgent(ctx, func(c *wire.Client) error {
+	err := b.withFiles(ctx, func(c *wire.Client) error {
 		var err error
 		fi, err = c.Stat(ctx, path, follow)
 		return err
 	})
 	return fi, err
+}
+
+// withFiles runs fn with a connection to the agent of the box, or of a generation that is opened only for that.
+func (b *Box) withFiles(ctx context.Context, fn func(*wire.Client) error) error {
+	err := b.withAgent(ctx, fn)
+	if !errors.Is(err, ErrNotRunning) {
+		return err
+	}
+	return b.exclusive(ctx, func(rec *state.Box) error {
+		rec, err := b.carryOn(ctx, rec)
+		if err != nil {
+			return err
+		}
+		if rec.Phase.Live() {
+			return b.withAgent(ctx, fn) // started meanwhile
+		}
+		return b.visit(ctx, rec, fn)
+	})
+}
+
+// visit opens a generation without a main process for fn, and ends it. The caller holds the operation lock.
+func (b *Box) visit(ctx context.Context, rec *state.Box, fn func(*wire.Client) error) error {
+	rec, launched, err := b.open(ctx, rec, shim.Files, func(s *state.Box) { s.Visit = true })
+	var failed *StartError
+	switch {
+	case errors.As(err, &failed):
+		err = fmt.Errorf("open the files of box %s: %s", b.name, failed.Msg)
+	case err != nil:
+		err = fmt.Errorf("open the files of box %s: %w", b.name, err)
+	default:
+		var c *wire.Client
+		if c, err = b.rt.dial(ctx, rec); err == nil {
+			err = errors.Join(fn(c), c.Close())
+		}
+		launched.Close()
+	}
+	// The shim writes everything out and ends; what it leaves undone is ended here.
+	ctx = context.WithoutCancel(ctx)
+	patience, cancel := context.WithTimeout(ctx, 2*grace)
+	defer cancel()
+	_ = supervise.WaitFree(patience, b.rt.home.Box(b.id).ShimLock())
+	now, gerr := b.rt.db.Get(ctx, b.id)
+	if gerr == nil && now.Visit {
+		_, gerr = b.rt.keeper.EndVisit(ctx, now)
+	}
+	return errors.Join(err, gerr)
 }
 
 // Processes lists what runs in the box.

@@ -349,17 +349,18 @@ func chooseEngine(ctx context.Context, name string) (string, error) {
 	return "", invalid("unknown engine %q: this build has %s", name, strings.Join(known, ", "))
 }
 
-// mergeEnv puts over's variables in the place of base's.
+// mergeEnv is base with over's variables in the place of those of the same name; of several, the last counts.
 func mergeEnv(base, over []string) []string {
-	out := slices.Clone(base)
-	for _, kv := range over {
+	var out []string
+	at := map[string]int{}
+	for _, kv := range slices.Concat(base, over) {
 		k, _, _ := strings.Cut(kv, "=")
-		i := slices.IndexFunc(out, func(o string) bool { return strings.HasPrefix(o, k+"=") })
-		if i >= 0 {
+		if i, have := at[k]; have {
 			out[i] = kv
-		} else {
-			out = append(out, kv)
+			continue
 		}
+		at[k] = len(out)
+		out = append(out, kv)
 	}
 	return out
 }

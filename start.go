@@ -86,7 +86,7 @@ func (b *Box) carryOn(ctx context.Context, rec *state.Box) (*state.Box, error) {
 		}
 		return b.rt.db.Get(ctx, b.id)
 	}
-	for rec.Phase == state.Starting {
+	for rec.Phase == state.Starting || rec.Phase == state.Running && b.dying(ctx, rec) {
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
@@ -106,6 +106,19 @@ func (b *Box) carryOn(ctx context.Context, rec *state.Box) (*state.Box, error) {
 	return rec, nil
 }
 
+// dying tells whether a box that runs by its record has lost its kernel, which its shim is about to record. One that is merely slow to
+// answer is not dying.
+func (b *Box) dying(ctx context.Context, rec *state.Box) bool {
+	ctx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	c, err := b.rt.dial(ctx, rec)
+	if err == nil {
+		defer c.Close()
+		_, err = c.Ping(ctx)
+	}
+	return err != nil && ctx.Err() == nil
+}
+
 // Restart stops the box, if it runs, and starts it.
 func (b *Box) Restart(ctx context.Context, opts ...StopOption) error {
 	return b.exclusive(ctx, func(rec *state.Box) error {
@@ -122,16 +135,24 @@ func (b *Box) Restart(ctx context.Context, opts ...StopOption) error {
 
 // launch starts a new generation, which counts as the given number of restarts. The caller holds the operation lock.
 func (b *Box) launch(ctx context.Context, rec *state.Box, restarts int) (*state.Box, error) {
-	rec, launched, err := b.open(ctx, rec, restarts, false)
+	rec, launched, err := b.open(ctx, rec, shim.Detached, startingAnew(restarts))
 	if err == nil {
 		launched.Close()
 	}
 	return rec, err
 }
 
-// open opens a new generation. If it is to be attached to, its main process waits for a client, which must come before the returned
-// connection is closed.
-func (b *Box) open(ctx context.Context, rec *state.Box, restarts int, attached bool) (*state.Box, io.Closer, error) {
+// startingAnew is the change of a record with which a new run of the main process begins.
+func startingAnew(restarts int) func(*state.Box) {
+	return func(s *state.Box) {
+		s.Phase, s.ManualStop, s.RestartCount, s.Visit = state.Starting, false, restarts, false
+		s.ExitCode, s.Reason, s.Error, s.OOMKilled = 0, "", "", false // they were the last run's
+	}
+}
+
+// open opens a new generation after change has been made to the record. Unless it is detached, the shim goes on to need the returned
+// connection: until a client has come, or as long as the files are used.
+func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change func(*state.Box)) (*state.Box, io.Closer, error) {
 	if rec.Damaged {
 		return nil, nil, fmt.Errorf("box %s cannot be started: %w: its files are in %s: copy what you need, then remove it",
 			rec.Name, ErrDamaged, b.rt.home.Box(b.id).Dir)
@@ -141,16 +162,15 @@ func (b *Box) open(ctx context.Context, rec *state.Box, restarts int, attached b
 		return nil, nil, fmt.Errorf("start box %s: %w", rec.Name, err)
 	}
 	rec, err := b.rt.db.Update(ctx, b.id, state.Change{}, func(s *state.Box) error {
-		s.Phase, s.Handles, s.ManualStop = state.Starting, nil, false
-		s.ExitCode, s.Reason, s.Error, s.OOMKilled = 0, "", "", false // they were the last generation's
+		change(s)
 		s.Generation++
-		s.RestartCount = restarts
+		s.Handles = nil
 		return nil
 	})
 	if err != nil {
 		return nil, nil, err
 	}
-	reply, launched, err := b.rt.spawnShim(ctx, rec, attached)
+	reply, launched, err := b.rt.spawnShim(ctx, rec, mode)
 	if err != nil {
 		// The shim is gone or was never there; the record must not say otherwise.
 		_, rerr := b.rt.keeper.Reconcile(context.WithoutCancel(ctx), rec)
@@ -164,7 +184,7 @@ func (b *Box) open(ctx context.Context, rec *state.Box, restarts int, attached b
 }
 
 // spawnShim starts the supervisor and waits for its word. It returns the connection on which that came.
-func (r *Runtime) spawnShim(ctx context.Context, rec *state.Box, attached bool) (reply shim.LaunchReply, launched io.Closer, err error) {
+func (r *Runtime) spawnShim(ctx context.Context, rec *state.Box, mode shim.Mode) (reply shim.LaunchReply, launched io.Closer, err error) {
 	helper, err := r.helperPath()
 	if err != nil {
 		return reply, nil, err
@@ -184,7 +204,7 @@ func (r *Runtime) spawnShim(ctx context.Context, rec *state.Box, attached bool) 
 		return reply, nil, fmt.Errorf("start supervisor: %w", err)
 	}
 	defer log.Close()
-	args := shim.Args{Home: r.home.Root, ID: rec.ID, Generation: rec.Generation, Attached: attached}
+	args := shim.Args{Home: r.home.Root, ID: rec.ID, Generation: rec.Generation, Mode: mode}
 	cmd := &exec.Cmd{Path: helper, Args: append([]string{helperName}, args.Words()...), Env: []string{}, Dir: "/", Stderr: log,
 		ExtraFiles: []*os.File{theirs}, SysProcAttr: &syscall.SysProcAttr{Setsid: true}}
 	err = cmd.Start()
@@ -305,7 +325,7 @@ func (b *Box) StartAttached(ctx context.Context, o AttachOptions) (*Attachment, 
 		if rec.Phase.Live() {
 			return fmt.Errorf("box %s: %w: attach to it", rec.Name, ErrRunning)
 		}
-		rec, launched, err := b.open(ctx, rec, 0, true)
+		rec, launched, err := b.open(ctx, rec, shim.Attached, startingAnew(0))
 		if err != nil {
 			return err
 		}

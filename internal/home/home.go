@@ -113,6 +113,16 @@ func (b Box) State() string { return filepath.Join(b.Dir, "state") }
 // Socket is where the shim listens.
 func (b Box) Socket() string { return filepath.Join(b.root.Run(), b.id[:16]+".sock") }
 
+// RemoveSocket removes the box's socket, if it is there, and the directory with the last one in it. Whoever makes a socket at that
+// moment makes the directory again.
+func (b Box) RemoveSocket() error {
+	if err := os.Remove(b.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove socket: %w", err)
+	}
+	_ = os.Remove(b.root.Run())
+	return nil
+}
+
 // GenerationName is the name of everything outside the home that belongs to one generation.
 func (l Layout) GenerationName(id string, gen uint64) string {
 	return l.GenerationPrefix() + id + "-" + strconv.FormatUint(gen, 10)

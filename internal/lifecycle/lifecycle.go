@@ -75,10 +75,7 @@ func (k *Keeper) Reap(ctx context.Context, b *state.Box) (supervise.Report, erro
 	if err != nil {
 		return r, err
 	}
-	if err := os.Remove(k.Home.Box(b.ID).Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return r, fmt.Errorf("remove socket: %w", err)
-	}
-	return r, nil
+	return r, k.Home.Box(b.ID).RemoveSocket()
 }
 
 // Reconcile makes the record agree with what lives. The caller holds the box's operation lock. A box that is live by its record
@@ -92,7 +89,11 @@ func (k *Keeper) Reconcile(ctx context.Context, b *state.Box) (*state.Box, error
 	case b.Phase == state.Removing || b.Phase == state.Creating:
 		// Whoever did that holds the operation lock as long as it lives; we have it now.
 		return nil, k.Remove(ctx, b, true)
-	case alive || !b.Phase.Live():
+	case alive:
+		return b, nil
+	case b.Visit:
+		return k.EndVisit(ctx, b)
+	case !b.Phase.Live():
 		return b, nil
 	}
 	if _, err := k.Reap(ctx, b); err != nil {
@@ -106,6 +107,17 @@ func (k *Keeper) Reconcile(ctx context.Context, b *state.Box) (*state.Box, error
 		return nil, k.Remove(ctx, b, true)
 	}
 	return b, nil
+}
+
+// EndVisit ends a generation that was opened to get at the box's files. The box is as it was before.
+func (k *Keeper) EndVisit(ctx context.Context, b *state.Box) (*state.Box, error) {
+	if _, err := k.Reap(ctx, b); err != nil {
+		return nil, fmt.Errorf("box %s: end the access to its files: %w", b.Name, err)
+	}
+	return k.DB.Update(ctx, b.ID, state.Change{Generation: b.Generation}, func(b *state.Box) error {
+		b.Visit, b.Handles = false, nil
+		return nil
+	})
 }
 
 // WantsRestart tells whether the box's policy is to run it again, now that it has ended. The shim does so; if it was killed, whoever

@@ -20,7 +20,7 @@ import (
 )
 
 func TestArgs(t *testing.T) {
-	for _, a := range []Args{{Home: "/h", ID: "x", Generation: 7}, {Home: "/h h", ID: "y", Generation: 1, Attached: true}} {
+	for _, a := range []Args{{Home: "/h", ID: "x", Generation: 7, Mode: Detached}, {Home: "/h h", ID: "y", Generation: 1, Mode: Files}} {
 		got, err := ParseArgs(a.Words()[1:])
 		if err != nil || got != a {
 			t.Errorf("%+v became %+v, %v", a, got, err)

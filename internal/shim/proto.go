@@ -41,10 +41,19 @@ type Args struct {
 	Home       string
 	ID         string
 	Generation uint64
-	// Attached has the shim wait for a client that starts the main process. It stays in the control group of whoever started it
-	// then, as is right for a command in the foreground; otherwise it moves to the box's own.
-	Attached bool
+	Mode       Mode
 }
+
+// Mode is what a shim was started for.
+type Mode string
+
+// Modes. Only a detached shim moves to the box's own control group: the others work for a command in the foreground, and stay in
+// the group of whoever started them.
+const (
+	Detached Mode = "detached" // start the main process
+	Attached Mode = "attached" // wait for a client that starts the main process
+	Files    Mode = "files"    // start no main process, but let the launcher at the box's files as long as it holds the launch pipe
+)
 
 // ParseArgs reads the words after [supervise.ShimArg].
 func ParseArgs(words []string) (Args, error) {
@@ -55,16 +64,16 @@ func ParseArgs(words []string) (Args, error) {
 	if err != nil {
 		return Args{}, fmt.Errorf("generation: %w", err)
 	}
-	return Args{Home: words[0], ID: words[1], Generation: gen, Attached: words[3] == "attached"}, nil
+	a := Args{Home: words[0], ID: words[1], Generation: gen, Mode: Mode(words[3])}
+	if a.Mode != Detached && a.Mode != Attached && a.Mode != Files {
+		return Args{}, fmt.Errorf("unknown mode %q", a.Mode)
+	}
+	return a, nil
 }
 
 // Words is the command line that [ParseArgs] reads.
 func (a Args) Words() []string {
-	mode := "detached"
-	if a.Attached {
-		mode = "attached"
-	}
-	return []string{supervise.ShimArg, a.Home, a.ID, strconv.FormatUint(a.Generation, 10), mode}
+	return []string{supervise.ShimArg, a.Home, a.ID, strconv.FormatUint(a.Generation, 10), string(a.Mode)}
 }
 
 // LaunchFD is the descriptor on which the shim tells its launcher how the start went, as one [LaunchReply]. A launcher that is to

@@ -88,6 +88,23 @@ func (r *running) startMain(ctx context.Context, size *spec.WinSize) error {
 
 func (r *running) markStarted() { close(r.known) }
 
+// visit serves the box's files until the launcher goes away, and ends the jail.
+func (r *running) visit(ctx context.Context) {
+	select {
+	case <-r.s.launch.gone():
+	case <-r.jail.Done():
+	}
+	r.flush(ctx)
+	r.kill()
+}
+
+// flush gives the agent a moment to write everything out.
+func (r *running) flush(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	_ = r.agent.Sync(ctx)
+}
+
 // wait returns when the main process has ended and everything in the jail with it.
 func (r *running) wait(ctx context.Context) lifecycle.End {
 	if t := r.s.box.Spec.Timeout; t > 0 {
@@ -100,12 +117,9 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 	if r.stdin != nil {
 		r.stdin.Close()
 	}
-	// The agent ends by itself once its main process has; it is given a moment to write everything out.
-	sync, cancel := context.WithTimeout(ctx, 5*time.Second)
 	if err == nil {
-		_ = r.agent.Sync(sync)
+		r.flush(ctx)
 	}
-	cancel()
 	r.kill()
 	r.mu.Lock()
 	defer r.mu.Unlock()

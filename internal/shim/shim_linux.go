@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -38,7 +39,7 @@ func Main(a Args, engines []engine.Engine) int {
 	// Terminals and login sessions of whoever started the box are nothing to it.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	launch := &launcher{f: os.NewFile(LaunchFD, "launch"), attached: a.Attached}
+	launch := &launcher{f: os.NewFile(LaunchFD, "launch"), kept: a.Mode != Detached}
 	unix.CloseOnExec(LaunchFD)
 	jail.CloseInherited(LaunchFD + 1)
 	s := &shim{args: a, engines: engines, log: log, launch: launch}
@@ -52,9 +53,9 @@ func Main(a Args, engines []engine.Engine) int {
 
 // launcher answers whoever started the shim, once.
 type launcher struct {
-	f        *os.File
-	attached bool
-	done     bool
+	f    *os.File
+	kept bool // the launcher goes on to use its end of the pipe
+	done bool
 }
 
 // gone is closed when the launcher has ended or needs the shim no more.
@@ -80,7 +81,7 @@ func (l *launcher) reply(r LaunchReply) {
 	}
 	l.done = true
 	_ = json.NewEncoder(l.f).Encode(r) // the launcher may be gone, which changes nothing
-	if r.OK && !l.attached {
+	if r.OK && !l.kept {
 		l.f.Close()
 	}
 }
@@ -150,7 +151,7 @@ func (s *shim) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if s.box.Generation != s.args.Generation || s.box.Phase != state.Starting {
+	if due := s.box.Phase == state.Starting || s.args.Mode == Files && s.box.Visit; s.box.Generation != s.args.Generation || !due {
 		return fmt.Errorf("box %s: %w", s.box.Name, state.ErrStale)
 	}
 	return nil
@@ -166,8 +167,11 @@ func (s *shim) generation(ctx context.Context) (bool, error) {
 		}
 		return false, err
 	}
-	end := r.wait(ctx)
-	return s.finish(ctx, end)
+	if s.args.Mode == Files {
+		r.visit(ctx)
+		return s.finish(ctx, lifecycle.End{})
+	}
+	return s.finish(ctx, r.wait(ctx))
 }
 
 // Launch implements [engine.Launcher]: the jail is placed and recorded while its gate is shut.
@@ -201,7 +205,7 @@ func (s *shim) Launch(ctx context.Context, cfg jail.Config) (out *jail.Jail, err
 		j.Abandon()
 		return nil, err
 	}
-	if !s.args.Attached {
+	if s.args.Mode == Detached {
 		// While the jail sets itself up, since the kernel takes its time to move a process.
 		moved := make(chan error, 1)
 		go func() { moved <- s.group.Add(ctx, cgroup.Shim, os.Getpid()) }()
@@ -342,11 +346,15 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 		return nil, err
 	}
 	r.hub = &hub{slog: s.log, log: log, path: s.files.Log(), subs: map[*sub]bool{}}
-	if r.listener, err = s.listen(); err != nil {
+	if r.listener, err = s.listen(ctx); err != nil {
 		return nil, err
 	}
 	r.open()
-	if s.args.Attached && !s.launch.done {
+	if s.args.Mode == Files {
+		s.launch.reply(LaunchReply{OK: true})
+		return r, nil
+	}
+	if s.args.Mode == Attached && !s.launch.done {
 		s.launch.reply(LaunchReply{OK: true})
 		if err := r.awaitStart(ctx); err != nil {
 			return nil, err
@@ -373,25 +381,30 @@ func (s *shim) engine() (engine.Engine, error) {
 	return nil, fmt.Errorf("this coffer has no engine %q", s.box.Spec.Engine)
 }
 
-func (s *shim) listen() (net.Listener, error) {
-	if err := s.keeper.Home.MakeRun(); err != nil {
-		return nil, err
-	}
+func (s *shim) listen(ctx context.Context) (net.Listener, error) {
 	path := s.files.Socket()
-	// We hold the box's lock, so whatever has the name is left over.
-	_ = os.Remove(path)
-	old := unix.Umask(0o177)
-	l, err := net.Listen("unix", path)
-	unix.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	for {
+		if err := s.keeper.Home.MakeRun(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		// We hold the box's lock, so whatever has the name is left over.
+		_ = os.Remove(path)
+		old := unix.Umask(0o177)
+		l, err := net.Listen("unix", path)
+		unix.Umask(old)
+		if err == nil {
+			return l, nil
+		}
+		// The directory may have gone with another box's socket just now.
+		if !errors.Is(err, fs.ErrNotExist) || ctx.Err() != nil {
+			return nil, fmt.Errorf("listen on %s: %w", path, err)
+		}
 	}
-	return l, nil
 }
 
 // extras adds what gVisor does not see in the image and a box can have all the same. It is made once: from then on it is the box's.
 func (s *shim) extras(conf *wire.Setup, images *image.Store) error {
-	if !s.box.StartedAt.IsZero() {
+	if !s.box.StartedAt.IsZero() || s.args.Mode == Files {
 		return nil
 	}
 	extras, err := images.Extras(image.Image{RootfsID: s.box.Spec.RootfsID})
@@ -429,7 +442,7 @@ func setup(b *state.Box) wire.Setup {
 
 // finish ends what is left of the generation, records its end, and decides what follows.
 func (s *shim) finish(ctx context.Context, end lifecycle.End) (again bool, err error) {
-	_ = os.Remove(s.files.Socket())
+	_ = s.files.RemoveSocket() // else the next command does
 	if s.group != nil {
 		end.OOMKilled = s.group.OOMKilled()
 		if end.OOMKilled && end.Reason != lifecycle.ReasonStopped {
@@ -438,6 +451,9 @@ func (s *shim) finish(ctx context.Context, end lifecycle.End) (again bool, err e
 		if err := s.clear(ctx); err != nil {
 			return false, err
 		}
+	}
+	if s.args.Mode == Files {
+		return false, nil // the box is as it was
 	}
 	b, err := s.keeper.DB.Get(ctx, s.args.ID)
 	if err != nil {
@@ -469,7 +485,7 @@ func (s *shim) clear(ctx context.Context) error {
 	if err := s.group.WaitEmpty(ctx, cgroup.Tree); err != nil && !s.group.Empty() {
 		return fmt.Errorf("processes of the box do not end: %w", err)
 	}
-	if !s.args.Attached {
+	if s.args.Mode == Detached {
 		if err := s.group.Leave(); err != nil {
 			// Then the next command removes the directories, once this process has ended.
 			s.log.Warn("control group is left for the next command", "error", err)

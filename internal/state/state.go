@@ -92,6 +92,7 @@ type Box struct {
 	Error        string // what failed, for Failed
 	RestartCount int
 	Damaged      bool            // the record could not be read whole: the box can be ended and removed, and not started
+	Visit        bool            // a generation without a main process was opened to get at the files, and is yet to be seen gone
 	ManualStop   bool            // a user stopped it: the restart policy does not apply
 	Handles      json.RawMessage // the caller's: how to find the generation's processes
 	Layers       json.RawMessage // the caller's: the jail's protections

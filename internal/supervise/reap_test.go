@@ -209,8 +209,9 @@ func TestReapNamesOutsider(t *testing.T) {
 	if !strings.Contains(err.Error(), fmt.Sprintf("process %d ", out.Process.Pid)) {
 		t.Errorf("the error does not name the outsider %d: %v", out.Process.Pid, err)
 	}
-	if err := out.Process.Signal(syscall.Signal(0)); err != nil {
-		t.Errorf("the outsider was killed: %v", err)
+	var ws syscall.WaitStatus
+	if pid, err := syscall.Wait4(out.Process.Pid, &ws, syscall.WNOHANG, nil); pid != 0 || err != nil {
+		t.Errorf("the outsider was killed: %v, %v", ws, err)
 	}
 	kill(t, out)
 	if _, err := Reap(t.Context(), z.target(), nil); err != nil {

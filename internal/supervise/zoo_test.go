@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -249,8 +250,17 @@ func startZoo(t *testing.T, grouped bool) *zoo {
 	if err := json.NewDecoder(out).Decode(&z.answer); err != nil {
 		t.Fatalf("the zoo did not start: %v", err)
 	}
-	soon(t, "the whole zoo lives", func() bool { return len(observe(z.Token)) >= zooSize })
+	soon(t, "the whole zoo lives", func() bool {
+		pids := observe(z.Token)
+		return len(pids) >= zooSize && !slices.ContainsFunc(pids, passing)
+	})
 	return z
+}
+
+// passing tells a process of the zoo that ends by itself: a shell that has not stopped itself is on its way to start another.
+func passing(pid int) bool {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return bytes.Contains(b, []byte("(setsid)")) || bytes.Contains(b, []byte("(sh)")) && !bytes.Contains(b, []byte("(sh) T "))
 }
 
 // clean ends what a failed test left, in its own way: by the observer's list, each held before it is looked at again.

@@ -533,13 +533,15 @@ func dd(c *call) error {
 	}
 	if p["of"] != "" {
 		mode := os.O_WRONLY | os.O_CREATE
-		if !strings.Contains(p["conv"], "notrunc") && seek == 0 {
-			mode |= os.O_TRUNC
-		}
 		if out, err = os.OpenFile(p["of"], mode, 0o666); err != nil {
 			return err
 		}
 		defer out.Close()
+		if st, err := out.Stat(); err == nil && st.Mode().IsRegular() && !strings.Contains(p["conv"], "notrunc") {
+			if err := out.Truncate(seek * bs); err != nil {
+				return err
+			}
+		}
 	}
 	if skip > 0 {
 		if _, err := in.Seek(skip*bs, io.SeekCurrent); err != nil {

@@ -106,7 +106,7 @@ func TestCommands(t *testing.T) {
 		"gzip":            {script: "echo hi >f; gzip f; ls; zcat f.gz; gunzip f.gz; cat f", out: "f.gz\nhi\nhi\n"},
 		"sums":            {script: "printf abc | sha256sum | cut -c1-8; printf abc >f; md5sum f >s; md5sum -c s; printf abcd >f; md5sum -c s", out: "ba7816bf\nf: OK\nf: FAILED\n", code: 1},
 		"base64":          {script: "printf hello | base64; echo aGk= | base64 -d", out: "aGVsbG8=\nhi"},
-		"dd":              {script: "printf abcdef | dd bs=1 skip=2 count=3 status=none; dd if=/dev/zero of=f bs=1k count=4 status=none; stat -c %s f", out: "cde4096\n"},
+		"dd":              {script: "printf abcdef | dd bs=1 skip=2 count=3 status=none; dd if=/dev/zero of=f bs=1k count=4 status=none; stat -c %s f; dd if=/dev/zero of=f bs=1k count=0 seek=9 status=none; stat -c %s f; printf xy | dd of=f bs=1 seek=1 conv=notrunc status=none; stat -c %s f", out: "cde4096\n9216\n9216\n"},
 		"timeout":         {script: "timeout 0.05 sleep 10; echo $?; timeout 10 true; echo $?", out: "124\n0\n"},
 		"names":           {script: "basename /a/b.c .c; dirname /a/b; dirname b; dirname /", out: "b\n/a\n.\n/\n"},
 		"date":            {script: "date -u -d @86400 '+%Y-%m-%d %H:%M:%S %j %s'", out: "1970-01-02 00:00:00 002 86400\n"},

@@ -169,7 +169,28 @@ func Sockets(marks ...string) []string {
 	return out
 }
 
-// Left lists everything of the marks: processes, control groups, mounts, sockets.
+// Files lists what stands in the usual places for sockets under a name with a mark, used or stale: a directory of its own there, and
+// everything in it.
+func Files(marks ...string) []string {
+	var out []string
+	for _, top := range []string{"/run/coffer-*", "/tmp/coffer-*"} {
+		dirs, _ := filepath.Glob(top)
+		for _, dir := range dirs {
+			if !slices.ContainsFunc(marks, func(m string) bool { return strings.Contains(dir, m) }) {
+				continue
+			}
+			_ = filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
+				if err == nil {
+					out = append(out, p)
+				}
+				return nil
+			})
+		}
+	}
+	return out
+}
+
+// Left lists everything of the marks: processes, control groups, mounts, sockets and their files.
 func Left(marks ...string) []string {
 	var out []string
 	for _, p := range Processes(marks...) {
@@ -183,6 +204,9 @@ func Left(marks ...string) []string {
 	}
 	for _, s := range Sockets(marks...) {
 		out = append(out, "socket "+s)
+	}
+	for _, f := range Files(marks...) {
+		out = append(out, "file "+f)
 	}
 	return out
 }
