@@ -24,7 +24,7 @@ assets:
 build: assets
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/coffer ./cmd/coffer
 
-# What the tests use beyond Go: a C compiler for the race detector, sqlite3 to damage records, mmdebstrap for a real image.
+# What the tests use beyond Go: a C compiler for the race detector, mmdebstrap for a real image.
 deps:
 	@sh test/deps.sh
 

@@ -45,7 +45,7 @@ type Info struct {
 	Image        string            `json:"image"`
 	ImageID      string            `json:"image_id"`
 	Engine       string            `json:"engine"`
-	Status       string            `json:"status"` // creating, created, starting, running, stopping, stopped, removing, failed
+	Status       string            `json:"status"` // creating, created, starting, running, stopping, stopped, restarting, removing, failed
 	Command      []string          `json:"command"`
 	Env          []string          `json:"env,omitempty"`
 	Dir          string            `json:"dir"`
@@ -80,6 +80,9 @@ type Info struct {
 	ShimLog      string            `json:"shim_log"`
 }
 
+// restarting is the status of a box that has ended and that its policy starts again.
+const restarting = "restarting"
+
 func (r *Runtime) info(b *state.Box) Info {
 	s := b.Spec
 	files := r.home.Box(b.ID)
@@ -90,6 +93,9 @@ func (r *Runtime) info(b *state.Box) Info {
 		Error: b.Error, Generation: b.Generation, RestartCount: b.RestartCount, Restart: s.Restart, Remove: s.Remove,
 		StopSignal: signals.Name(s.StopSignal), StopTimeout: s.StopTimeout, Timeout: s.Timeout, Resources: s.Resources, ReadOnly: s.ReadOnly,
 		Tmpfs: s.Tmpfs, Volumes: s.Volumes, StateDir: files.State(), ShimLog: files.ShimLog(),
+	}
+	if lifecycle.WantsRestart(b) {
+		i.Status = restarting
 	}
 	_ = json.Unmarshal(b.Layers, &i.Layers)
 	var h lifecycle.Handles
@@ -156,8 +162,7 @@ func (b *Box) Info(ctx context.Context) (Info, error) {
 
 // refresh reconciles a record that may be out of date, if nobody else is working on that box right now.
 func (r *Runtime) refresh(ctx context.Context, b *state.Box) (*state.Box, error) {
-	settled := !b.Phase.Live() && b.Phase != state.Removing && b.Phase != state.Creating && !b.Visit
-	if settled && !lifecycle.WantsRestart(b) {
+	if lifecycle.Settled(b) {
 		return b, nil
 	}
 	if b.Phase != state.Stopping && b.Phase != state.Removing && b.Phase != state.Creating {
@@ -165,23 +170,24 @@ func (r *Runtime) refresh(ctx context.Context, b *state.Box) (*state.Box, error)
 			return b, err
 		}
 	}
-	op, err := supervise.TryLock(r.home.Box(b.ID).OpLock(), self())
-	if errors.Is(err, supervise.ErrLocked) {
-		return b, nil
-	}
-	if errors.Is(err, os.ErrNotExist) {
-		if b.Phase != state.Removing {
-			// The box's directory is lost; what may live of it is still found by its names.
-			return b, nil
+	dir := r.home.Box(b.ID).Dir
+	if b.Phase == state.Removing {
+		// A removal that was cut off may have moved it away already.
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("box %s: %w", b.Name, err)
 		}
-		return nil, r.keeper.Remove(ctx, b, true)
+	}
+	op, err := supervise.TryLock(r.home.Box(b.ID).OpLock(), self())
+	if errors.Is(err, supervise.ErrLocked) || errors.Is(err, os.ErrNotExist) {
+		// Somebody is at it; or the box's directory is lost, and what may live of it is still found by its names.
+		return b, nil
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer op.Unlock()
 	if b, err = r.db.Get(ctx, b.ID); errors.Is(err, ErrNotFound) {
-		return nil, nil
+		return nil, os.RemoveAll(dir) // made again above
 	} else if err != nil {
 		return nil, err
 	}
@@ -222,18 +228,23 @@ const opPatience = 60 * time.Second
 func (r *Runtime) lockOp(ctx context.Context, id string) (*supervise.Lock, error) {
 	ctx, cancel := context.WithTimeout(ctx, opPatience)
 	defer cancel()
-	l, err := supervise.WaitLock(ctx, r.home.Box(id).OpLock(), self())
-	return l, r.unwritable(err)
+	for {
+		// A lost directory must not keep a box from being stopped or removed.
+		if err := os.MkdirAll(r.home.Box(id).Dir, 0o700); err != nil {
+			return nil, fmt.Errorf("box %.12s: %w", id, r.unwritable(err))
+		}
+		l, err := supervise.WaitLock(ctx, r.home.Box(id).OpLock(), self())
+		if errors.Is(err, os.ErrNotExist) && ctx.Err() == nil {
+			continue // whoever had the lock has removed the box, and the directory with it
+		}
+		return l, r.unwritable(err)
+	}
 }
 
 // exclusive runs fn on the box's reconciled record while no other command works on the box.
 func (b *Box) exclusive(ctx context.Context, fn func(*state.Box) error) error {
 	if _, err := b.rt.db.Get(ctx, b.id); err != nil {
 		return err
-	}
-	// A lost directory must not keep a box from being stopped or removed.
-	if err := os.MkdirAll(b.rt.home.Box(b.id).Dir, 0o700); err != nil {
-		return fmt.Errorf("box %s: %w", b.name, err)
 	}
 	op, err := b.rt.lockOp(ctx, b.id)
 	if err != nil {
@@ -268,7 +279,7 @@ func (b *Box) policy(ctx context.Context) error {
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}
-	if err != nil || !rec.Spec.Remove || rec.Phase != state.Stopped && rec.Phase != state.Failed {
+	if err != nil || !lifecycle.Removable(rec) {
 		return err
 	}
 	return b.rt.keeper.Remove(ctx, rec, true)
@@ -378,7 +389,7 @@ const grace = 5 * time.Second
 
 // askToStop lets the shim end the box in order, and returns when it is gone or its time is up.
 func (b *Box) askToStop(ctx context.Context, rec *state.Box, req shim.StopRequest, timeout time.Duration) {
-	ctx, cancel := context.WithTimeout(ctx, timeout+grace)
+	ctx, cancel := context.WithTimeout(ctx, min(timeout, shim.MaxStop)+grace)
 	defer cancel()
 	// Watched before it is asked: with --rm the file is gone before the shim is.
 	w, err := supervise.Watch(b.rt.home.Box(b.id).ShimLock())
@@ -424,21 +435,35 @@ func (b *Box) Remove(ctx context.Context, opts ...RemoveOption) error {
 	for _, opt := range opts {
 		opt(&o)
 	}
+	if o.force {
+		b.hurry(ctx)
+	}
 	return b.exclusive(ctx, func(rec *state.Box) error {
 		if rec.Phase.Live() && !o.force {
 			return fmt.Errorf("box %s: %w: stop it first, or force its removal", rec.Name, ErrRunning)
+		}
+		if lifecycle.WantsRestart(rec) && !o.force {
+			return fmt.Errorf("box %s: %w: its restart policy is about to start it again: stop it first, or force its removal", rec.Name, ErrRunning)
 		}
 		return b.rt.keeper.Remove(ctx, rec, o.volumes || rec.Spec.Remove)
 	})
 }
 
-// Kill sends a signal to the main process. It does not wait for what follows.
+// hurry ends the patience of a stop that another command waits for.
+func (b *Box) hurry(ctx context.Context) {
+	rec, err := b.rt.db.Get(ctx, b.id)
+	if err == nil && rec.Phase == state.Stopping {
+		b.requestStop(ctx, rec, shim.StopRequest{Timeout: 0})
+	}
+}
+
+// Kill sends a signal to the main process, of a box that is being stopped too. It does not wait for what follows.
 func (b *Box) Kill(ctx context.Context, signal string) error {
 	n, err := signals.Parse(signal)
 	if err != nil {
 		return invalid("%w", err)
 	}
-	return b.withAgent(ctx, func(c *wire.Client) error {
+	return b.withAgentIn(ctx, func(c *wire.Client) error {
 		_, err := b.rt.db.Update(ctx, b.id, state.Change{Event: "kill", Attrs: map[string]string{"signal": signals.Name(n)}}, func(s *state.Box) error {
 			if unix.Signal(n) == unix.SIGKILL {
 				s.ManualStop = true
@@ -449,7 +474,7 @@ func (b *Box) Kill(ctx context.Context, signal string) error {
 			return err
 		}
 		return c.Signal(ctx, n)
-	})
+	}, state.Running, state.Stopping)
 }
 
 // Rename gives the box another name.
@@ -480,14 +505,19 @@ func (b *Box) Wait(ctx context.Context) (ExitStatus, error) {
 			return ExitStatus{}, err
 		}
 		switch state.Phase(i.Status) {
-		case state.Stopped, state.Failed:
+		case state.Stopped, state.Failed, restarting:
 			return ExitStatus{Code: i.ExitCode, Reason: i.Reason, OOMKilled: i.OOMKilled, Error: i.Error}, nil
 		case state.Created:
 		default:
-			if err := supervise.WaitFree(ctx, b.rt.home.Box(b.id).ShimLock()); err != nil {
+			lock := b.rt.home.Box(b.id).ShimLock()
+			if held, err := supervise.Held(lock); err != nil {
 				return ExitStatus{}, err
+			} else if held {
+				if err := supervise.WaitFree(ctx, lock); err != nil {
+					return ExitStatus{}, err
+				}
+				continue
 			}
-			continue
 		}
 		select {
 		case <-ctx.Done():

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coffer-box/coffer/internal/spec"
+	"github.com/coffer-box/coffer/internal/state"
 	"github.com/coffer-box/coffer/internal/wire"
 )
 
@@ -84,7 +85,7 @@ func (c *Command) Start() error {
 	if err != nil {
 		return err
 	}
-	client, err := c.box.connect(c.ctx)
+	client, err := c.box.connect(c.ctx, state.Running)
 	if err != nil {
 		return err
 	}

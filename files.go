@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/coffer-box/coffer/internal/image"
+	"github.com/coffer-box/coffer/internal/lifecycle"
 	"github.com/coffer-box/coffer/internal/logfile"
 	"github.com/coffer-box/coffer/internal/shim"
 	"github.com/coffer-box/coffer/internal/state"
@@ -92,7 +93,11 @@ func (b *Box) visit(ctx context.Context, rec *state.Box, fn func(*wire.Client) e
 	_ = supervise.WaitFree(patience, b.rt.home.Box(b.id).ShimLock())
 	now, gerr := b.rt.db.Get(ctx, b.id)
 	if gerr == nil && now.Visit {
-		_, gerr = b.rt.keeper.EndVisit(ctx, now)
+		now, gerr = b.rt.keeper.EndVisit(ctx, now)
+	}
+	if gerr == nil && lifecycle.WantsRestart(now) {
+		// Its shim was waiting to do that.
+		_, gerr = b.launch(ctx, now, now.RestartCount+1)
 	}
 	return errors.Join(err, gerr)
 }
@@ -224,18 +229,13 @@ type Event = state.Event
 // Events yields what happened after a time and, with follow, what happens, until ctx ends.
 func (r *Runtime) Events(ctx context.Context, since time.Time, follow bool) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
-		var after, version int64
+		var after int64
 		for {
-			now, err := r.db.Version(ctx)
-			if err == nil && (after == 0 || now != version) {
-				version = now
-				var events []Event
-				events, err = r.db.Events(ctx, after)
-				for _, e := range events {
-					after = e.Seq
-					if !e.Time.Before(since) && !yield(e, nil) {
-						return
-					}
+			events, err := r.db.Events(ctx, after)
+			for _, e := range events {
+				after = e.Seq
+				if !e.Time.Before(since) && !yield(e, nil) {
+					return
 				}
 			}
 			if ctx.Err() != nil {

@@ -182,7 +182,7 @@ func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 	}
 	errs := []error{err}
 	for _, i := range infos {
-		if state.Phase(i.Status).Live() {
+		if state.Phase(i.Status).Live() || i.Status == restarting {
 			continue
 		}
 		size := diskUse(r.home.Box(i.ID).Dir)
@@ -200,7 +200,7 @@ func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 	orphans, err := findOrphans(ctx, r.home, r.db)
 	errs = append(errs, err)
 	for _, o := range orphans {
-		if err := o.remove(ctx, r.keeper); err != nil {
+		if gone, err := o.remove(ctx, r.keeper); err != nil || !gone {
 			errs = append(errs, err)
 			continue
 		}
@@ -233,17 +233,16 @@ type orphan struct {
 	dirs []string
 }
 
-// findOrphans looks for directories, control groups and live generations without a record. db is nil when there is none to ask.
+// findOrphans looks for directories, control groups and live generations without a record. What it finds may be somebody's new box by the
+// time that it is to be removed.
 func findOrphans(ctx context.Context, l home.Layout, db *state.DB) ([]orphan, error) {
 	known := map[string]uint64{}
-	if db != nil {
-		boxes, err := db.List(ctx)
-		if err != nil {
-			return nil, err
-		}
-		for _, b := range boxes {
-			known[b.ID] = b.Generation
-		}
+	boxes, err := db.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range boxes {
+		known[b.ID] = b.Generation
 	}
 	var out []orphan
 	for _, top := range []string{l.Boxes(), filepath.Dir(l.Volumes("x"))} {
@@ -282,19 +281,36 @@ func findOrphans(ctx context.Context, l home.Layout, db *state.DB) ([]orphan, er
 	return out, nil
 }
 
-// remove ends and deletes an orphan.
-func (o orphan) remove(ctx context.Context, k *lifecycle.Keeper) error {
+// remove ends and deletes an orphan, if it still is one: a box may have been created or started since it was found.
+func (o orphan) remove(ctx context.Context, k *lifecycle.Keeper) (gone bool, err error) {
 	if o.id != "" {
+		if _, err := os.Stat(k.Home.Box(o.id).Dir); err == nil {
+			op, err := supervise.TryLock(k.Home.Box(o.id).OpLock(), self())
+			if errors.Is(err, supervise.ErrLocked) || errors.Is(err, fs.ErrNotExist) {
+				return false, nil
+			}
+			if err != nil {
+				return false, fmt.Errorf("%s: %w", o.what, err)
+			}
+			defer op.Unlock()
+		}
+		rec, err := k.DB.Get(ctx, o.id)
+		if err == nil && (len(o.dirs) > 0 || rec.Generation >= o.gen) {
+			return false, nil
+		}
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return false, fmt.Errorf("%s: %w", o.what, err)
+		}
 		if _, err := k.Reap(ctx, &state.Box{ID: o.id, Generation: o.gen}); err != nil {
-			return fmt.Errorf("%s: %w", o.what, err)
+			return false, fmt.Errorf("%s: %w", o.what, err)
 		}
 	}
 	for _, d := range o.dirs {
-		if err := os.RemoveAll(d); err != nil {
-			return fmt.Errorf("%s: %w", o.what, err)
+		if err := lifecycle.RemoveTree(d); err != nil {
+			return false, fmt.Errorf("%s: %w", o.what, err)
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // Finding is one thing that the doctor looked at.
@@ -378,10 +394,13 @@ func doctorOrphans(ctx context.Context, k *lifecycle.Keeper, orphans []orphan, f
 	for _, o := range orphans {
 		f := Finding{Topic: "leftover", Detail: o.what, Problem: true, Fix: "coffer doctor --fix, or coffer prune"}
 		if fix {
-			if err := o.remove(ctx, k); err != nil {
+			switch gone, err := o.remove(ctx, k); {
+			case err != nil:
 				f.Fix = err.Error()
-			} else {
+			case gone:
 				f.Problem, f.Fix = false, "removed"
+			default:
+				continue // it has become somebody's
 			}
 		}
 		out = append(out, f)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"time"
 
@@ -69,12 +70,19 @@ func (b *Box) Start(ctx context.Context) error {
 }
 
 func (b *Box) start(ctx context.Context, rec *state.Box) error {
-	rec, err := b.carryOn(ctx, rec)
-	if err != nil || rec.Phase.Live() {
-		return err
+	for {
+		var err error
+		if rec, err = b.carryOn(ctx, rec); err != nil || rec.Phase.Live() {
+			return err
+		}
+		if _, err = b.launch(ctx, rec, 0); !errors.Is(err, state.ErrStale) {
+			return err
+		}
+		// Its shim has just restarted it, or given up to.
+		if rec, err = b.rt.db.Get(ctx, b.id); err != nil {
+			return err
+		}
 	}
-	_, err = b.launch(ctx, rec, 0)
-	return err
 }
 
 // carryOn finishes what a command that was killed had begun, until the box runs or is at rest. The caller holds the operation lock,
@@ -157,11 +165,30 @@ func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change f
 		return nil, nil, fmt.Errorf("box %s cannot be started: %w: its files are in %s: copy what you need, then remove it",
 			rec.Name, ErrDamaged, b.rt.home.Box(b.id).Dir)
 	}
+	// The shim of a box that is to be restarted may be about to do that by itself. From here on it leaves the box alone; if it was faster,
+	// the record has moved on.
+	claimed, err := b.rt.db.Update(ctx, b.id, state.Change{Generation: rec.Generation}, func(s *state.Box) error {
+		if s.Phase != rec.Phase {
+			return state.ErrStale
+		}
+		s.ManualStop = true
+		return nil
+	})
+	if err != nil {
+		return nil, nil, err
+	}
 	// Whatever the record says: on top of a live tree no second one is ever started.
 	if _, err := b.rt.keeper.Reap(ctx, rec); err != nil {
 		return nil, nil, fmt.Errorf("start box %s: %w", rec.Name, err)
 	}
-	rec, err := b.rt.db.Update(ctx, b.id, state.Change{}, func(s *state.Box) error {
+	lock, err := supervise.TryLock(b.rt.home.Box(b.id).ShimLock(), self())
+	if err != nil {
+		return nil, nil, fmt.Errorf("start box %s: %w", rec.Name, err)
+	}
+	defer lock.Unlock()
+	manual := rec.ManualStop
+	rec, err = b.rt.db.Update(ctx, b.id, state.Change{Generation: claimed.Generation}, func(s *state.Box) error {
+		s.ManualStop = manual
 		change(s)
 		s.Generation++
 		s.Handles = nil
@@ -170,7 +197,7 @@ func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change f
 	if err != nil {
 		return nil, nil, err
 	}
-	reply, launched, err := b.rt.spawnShim(ctx, rec, mode)
+	reply, launched, err := b.rt.spawnShim(ctx, rec, mode, lock)
 	if err != nil {
 		// The shim is gone or was never there; the record must not say otherwise.
 		_, rerr := b.rt.keeper.Reconcile(context.WithoutCancel(ctx), rec)
@@ -183,8 +210,8 @@ func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change f
 	return rec, launched, nil
 }
 
-// spawnShim starts the supervisor and waits for its word. It returns the connection on which that came.
-func (r *Runtime) spawnShim(ctx context.Context, rec *state.Box, mode shim.Mode) (reply shim.LaunchReply, launched io.Closer, err error) {
+// spawnShim starts the supervisor, hands the lock over to it, and waits for its word. It returns the connection on which that came.
+func (r *Runtime) spawnShim(ctx context.Context, rec *state.Box, mode shim.Mode, lock *supervise.Lock) (reply shim.LaunchReply, launched io.Closer, err error) {
 	helper, err := r.helperPath()
 	if err != nil {
 		return reply, nil, err
@@ -206,9 +233,10 @@ func (r *Runtime) spawnShim(ctx context.Context, rec *state.Box, mode shim.Mode)
 	defer log.Close()
 	args := shim.Args{Home: r.home.Root, ID: rec.ID, Generation: rec.Generation, Mode: mode}
 	cmd := &exec.Cmd{Path: helper, Args: append([]string{helperName}, args.Words()...), Env: []string{}, Dir: "/", Stderr: log,
-		ExtraFiles: []*os.File{theirs}, SysProcAttr: &syscall.SysProcAttr{Setsid: true}}
+		ExtraFiles: []*os.File{theirs, lock.File()}, SysProcAttr: &syscall.SysProcAttr{Setsid: true}}
 	err = cmd.Start()
 	theirs.Close()
+	lock.Unlock()
 	if err != nil {
 		return reply, nil, fmt.Errorf("start supervisor: %w", err)
 	}
@@ -242,7 +270,12 @@ func (r *Runtime) dial(ctx context.Context, rec *state.Box) (*wire.Client, error
 
 // withAgent runs fn with a connection that reaches the agent.
 func (b *Box) withAgent(ctx context.Context, fn func(*wire.Client) error) error {
-	c, err := b.connect(ctx)
+	return b.withAgentIn(ctx, fn, state.Running)
+}
+
+// withAgentIn is withAgent for a box in one of the given phases.
+func (b *Box) withAgentIn(ctx context.Context, fn func(*wire.Client) error, phases ...state.Phase) error {
+	c, err := b.connect(ctx, phases...)
 	if err != nil {
 		return err
 	}
@@ -250,12 +283,12 @@ func (b *Box) withAgent(ctx context.Context, fn func(*wire.Client) error) error 
 	return fn(c)
 }
 
-func (b *Box) connect(ctx context.Context) (*wire.Client, error) {
+func (b *Box) connect(ctx context.Context, phases ...state.Phase) (*wire.Client, error) {
 	rec, err := b.rt.db.Get(ctx, b.id)
 	if err != nil {
 		return nil, err
 	}
-	if rec.Phase == state.Running {
+	if slices.Contains(phases, rec.Phase) {
 		if c, err := b.rt.dial(ctx, rec); err == nil {
 			return c, nil
 		}
@@ -264,7 +297,7 @@ func (b *Box) connect(ctx context.Context) (*wire.Client, error) {
 	if rec, err = b.rt.refresh(ctx, rec); err != nil {
 		return nil, err
 	}
-	if rec != nil && rec.Phase == state.Running {
+	if rec != nil && slices.Contains(phases, rec.Phase) {
 		c, err := b.rt.dial(ctx, rec)
 		if err != nil {
 			return nil, fmt.Errorf("the supervisor of box %s does not answer: see %s: %w", rec.Name, b.rt.home.Box(b.id).ShimLog(), err)
@@ -297,7 +330,7 @@ type AttachOptions struct {
 // Attach connects to the main process of a running box. What it puts out is delivered without gap or repetition; a client that
 // falls far behind is dropped with an error rather than hold up the box.
 func (b *Box) Attach(ctx context.Context, o AttachOptions) (*Attachment, error) {
-	c, err := b.connect(ctx)
+	c, err := b.connect(ctx, state.Running)
 	if err != nil {
 		return nil, err
 	}

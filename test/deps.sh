@@ -4,7 +4,6 @@
 set -eu
 missing=
 command -v gcc >/dev/null || missing="$missing gcc libc6-dev"
-command -v sqlite3 >/dev/null || missing="$missing sqlite3"
 command -v mmdebstrap >/dev/null || missing="$missing mmdebstrap"
 command -v setpriv >/dev/null || missing="$missing util-linux"
 PATH="$PATH:/usr/sbin:/sbin" command -v mkfs.ext4 >/dev/null || missing="$missing e2fsprogs"

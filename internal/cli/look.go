@@ -38,7 +38,7 @@ func (a *app) psCmd() *cobra.Command {
 				return failed
 			}
 			infos = slices.DeleteFunc(infos, func(i coffer.Info) bool {
-				return !keep(i) || !all && !byStatus && i.Status != "running" && i.Status != "paused" && i.Status != "starting" && i.Status != "stopping"
+				return !keep(i) || !all && !byStatus && i.Status != "running" && i.Status != "paused" && i.Status != "starting" && i.Status != "stopping" && i.Status != "restarting"
 			})
 			slices.Reverse(infos)
 			if quiet {
@@ -81,6 +81,8 @@ func status(i coffer.Info) string {
 			s += ", " + i.Reason
 		}
 		return s
+	case "restarting":
+		return fmt.Sprintf("Restarting (%d) %s", i.ExitCode, ago(i.Finished))
 	case "failed":
 		return "Failed: " + cut(i.Error, 40)
 	}
@@ -88,7 +90,7 @@ func status(i coffer.Info) string {
 }
 
 // statuses are what a box can be, and Docker's word for one of them.
-const statuses = "creating, created, starting, running, stopping, stopped, removing, failed, exited"
+const statuses = "creating, created, starting, running, stopping, stopped, restarting, removing, failed, exited"
 
 func boxFilter(filters []string) (keep func(coffer.Info) bool, byStatus bool, err error) {
 	var tests []func(coffer.Info) bool

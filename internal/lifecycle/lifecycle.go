@@ -88,9 +88,11 @@ func (k *Keeper) Reconcile(ctx context.Context, b *state.Box) (*state.Box, error
 	switch {
 	case b.Phase == state.Removing || b.Phase == state.Creating:
 		// Whoever did that holds the operation lock as long as it lives; we have it now.
-		return nil, k.Remove(ctx, b, true)
+		return nil, k.Remove(ctx, b, b.RemoveVolumes || b.Phase == state.Creating)
 	case alive:
 		return b, nil
+	case Removable(b):
+		return nil, k.Remove(ctx, b, true)
 	case b.Visit:
 		return k.EndVisit(ctx, b)
 	case !b.Phase.Live():
@@ -103,10 +105,25 @@ func (k *Keeper) Reconcile(ctx context.Context, b *state.Box) (*state.Box, error
 	if err != nil {
 		return nil, err
 	}
-	if b.Spec.Remove {
+	if Removable(b) {
 		return nil, k.Remove(ctx, b, true)
 	}
 	return b, nil
+}
+
+// Removable tells whether the box's policy is to be removed, now that it has ended. The shim does so; if it could not, whoever looks
+// next.
+func Removable(b *state.Box) bool {
+	return b.Spec.Remove && (b.Phase == state.Stopped || b.Phase == state.Failed)
+}
+
+// Settled tells whether a record says all there is to say of its box: nothing of it lives, and no policy is yet to be carried out.
+func Settled(b *state.Box) bool {
+	switch b.Phase {
+	case state.Created, state.Stopped, state.Failed:
+		return !b.Visit && !Removable(b) && !WantsRestart(b)
+	}
+	return false
 }
 
 // EndVisit ends a generation that was opened to get at the box's files. The box is as it was before.
@@ -159,16 +176,19 @@ func (k *Keeper) MarkEnded(ctx context.Context, b *state.Box, e End) (*state.Box
 // Remove removes a box whose processes are gone or may be killed: it reaps, verifies, and only then lets go of the files, and of
 // the record last of all. The caller holds the operation lock.
 func (k *Keeper) Remove(ctx context.Context, b *state.Box, volumes bool) error {
-	if b.Phase != state.Removing {
+	if b.Phase != state.Removing || volumes && !b.RemoveVolumes {
 		var err error
-		if b, err = k.DB.Update(ctx, b.ID, state.Change{}, func(b *state.Box) error { b.Phase = state.Removing; return nil }); err != nil {
+		if b, err = k.DB.Update(ctx, b.ID, state.Change{}, func(b *state.Box) error {
+			b.Phase, b.RemoveVolumes = state.Removing, b.RemoveVolumes || volumes
+			return nil
+		}); err != nil {
 			return err
 		}
 	}
 	if _, err := k.Reap(ctx, b); err != nil {
 		return fmt.Errorf("remove box %s: %w; its record and files are kept", b.Name, err)
 	}
-	return k.Discard(ctx, b, volumes)
+	return k.Discard(ctx, b, b.RemoveVolumes)
 }
 
 // Discard deletes the files and the record of a box of which nothing lives.
@@ -188,27 +208,46 @@ func (k *Keeper) Discard(ctx context.Context, b *state.Box, volumes bool) error 
 // discard moves a directory away in one step, so that no half of it is ever found in its place, and then deletes it.
 func (k *Keeper) discard(dir, name string) error {
 	trash := filepath.Join(k.Home.Trash(), name)
-	if err := os.MkdirAll(k.Home.Trash(), 0o700); err != nil && !errors.Is(err, unix.ENOSPC) {
+	if err := os.MkdirAll(k.Home.Trash(), 0o700); err != nil && !noRoom(err) {
 		return fmt.Errorf("remove files: %w", err)
 	}
 	err := os.Rename(dir, trash)
-	if errors.Is(err, unix.ENOSPC) {
+	if noRoom(err) {
 		// No room even for a name: then in its place, where a next attempt finds what is left of it.
-		if err = os.RemoveAll(dir); err == nil {
+		if err = RemoveTree(dir); err == nil {
 			return nil
 		}
 	}
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
 		// A former attempt was cut off.
-		if err = os.RemoveAll(trash); err == nil {
+		if err = RemoveTree(trash); err == nil {
 			err = os.Rename(dir, trash)
 		}
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove files: %w", err)
 	}
-	if err := os.RemoveAll(trash); err != nil {
+	if err := RemoveTree(trash); err != nil {
 		return fmt.Errorf("remove files: %w", err)
 	}
 	return nil
+}
+
+func noRoom(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
+// RemoveTree is [os.RemoveAll] for what a guest has made: the directories of an ordinary user's volumes have the modes that the guest
+// gave them, which may keep even their owner from emptying them.
+func RemoveTree(dir string) error {
+	err := os.RemoveAll(dir)
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	// Nothing of the box lives, so nobody turns a directory into a link meanwhile.
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			return os.Chmod(path, 0o700)
+		}
+		return err
+	})
+	return os.RemoveAll(dir)
 }

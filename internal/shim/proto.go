@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 
 	"github.com/coffer-box/coffer/internal/spec"
 	"github.com/coffer-box/coffer/internal/supervise"
@@ -28,6 +29,9 @@ type AttachRequest struct {
 	CloseStdin bool         `json:"close_stdin,omitempty"`
 	WinSize    spec.WinSize `json:"win_size,omitzero"`
 }
+
+// MaxStop bounds how long a box may take to stop.
+const MaxStop = 365 * 24 * time.Hour
 
 // StopRequest ends the box in order. The shim answers at once and is gone when it is done.
 type StopRequest struct {
@@ -79,6 +83,10 @@ func (a Args) Words() []string {
 // LaunchFD is the descriptor on which the shim tells its launcher how the start went, as one [LaunchReply]. A launcher that is to
 // connect keeps its end open until it has: at its end the shim knows that nobody will come.
 const LaunchFD = 3
+
+// LockFD is the descriptor of the box's shim lock, which the launcher has taken: from before the shim is started until it ends, there is
+// no moment at which the lock is free.
+const LockFD = LaunchFD + 1
 
 // LaunchReply is the shim's word to its launcher.
 type LaunchReply struct {

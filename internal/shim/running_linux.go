@@ -30,7 +30,6 @@ type running struct {
 	starts chan startRequest
 	main   *wire.Process
 	begun  chan struct{} // closed when the main process runs
-	known  chan struct{} // closed when that is recorded
 	ended  chan struct{} // closed when it has ended and status is set
 	status wire.ExitStatus
 	lost   error // no status could be had
@@ -44,7 +43,7 @@ type startRequest struct {
 
 func (r *running) open() {
 	r.starts = make(chan startRequest)
-	r.begun, r.known = make(chan struct{}), make(chan struct{})
+	r.begun = make(chan struct{})
 	go r.serve()
 }
 
@@ -85,8 +84,6 @@ func (r *running) startMain(ctx context.Context, size *spec.WinSize) error {
 	close(r.begun)
 	return nil
 }
-
-func (r *running) markStarted() { close(r.known) }
 
 // visit serves the box's files until the launcher goes away, and ends the jail.
 func (r *running) visit(ctx context.Context) {
@@ -139,9 +136,6 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 // codeTimeout is what timeout(1) exits with.
 const codeTimeout = 124
 
-// maxStop bounds how long a box may take to stop.
-const maxStop = 365 * 24 * time.Hour
-
 // stop asks the agent for an orderly end; wait then returns.
 func (r *running) stop(reason string, sig int, timeout time.Duration) {
 	r.mu.Lock()
@@ -153,7 +147,7 @@ func (r *running) stop(reason string, sig int, timeout time.Duration) {
 		sig = r.s.box.Spec.StopSignal
 	}
 	// A very long wish must not become one that is over already.
-	timeout = min(timeout, maxStop)
+	timeout = min(timeout, MaxStop)
 	ctx, cancel := context.WithTimeout(context.Background(), timeout+2*time.Second)
 	defer cancel()
 	if _, err := r.agent.Shutdown(ctx, sig, timeout); err != nil {

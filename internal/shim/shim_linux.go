@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -41,7 +40,8 @@ func Main(a Args, engines []engine.Engine) int {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	launch := &launcher{f: os.NewFile(LaunchFD, "launch"), kept: a.Mode != Detached}
 	unix.CloseOnExec(LaunchFD)
-	jail.CloseInherited(LaunchFD + 1)
+	unix.CloseOnExec(LockFD)
+	jail.CloseInherited(LockFD + 1)
 	s := &shim{args: a, engines: engines, log: log, launch: launch}
 	if err := s.run(context.Background()); err != nil {
 		log.Error("shim", "error", err)
@@ -115,28 +115,21 @@ type shim struct {
 }
 
 func (s *shim) run(ctx context.Context) (err error) {
-	if err := s.open(ctx); err != nil {
-		return err
-	}
-	defer func() { s.keeper.DB.Close() }()
-	lock, err := supervise.WaitLock(shortly(ctx), s.files.ShimLock(), map[string]int{"pid": os.Getpid()})
+	lock, err := supervise.Inherit(LockFD, map[string]int{"pid": os.Getpid()})
 	if err != nil {
 		return err
 	}
 	defer lock.Unlock()
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	defer func() { s.keeper.DB.Close() }()
 	for {
 		again, err := s.generation(ctx)
 		if err != nil || !again {
 			return err
 		}
 	}
-}
-
-// shortly bounds waiting for a predecessor that is on its way out.
-func shortly(ctx context.Context) context.Context {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	context.AfterFunc(ctx, cancel)
-	return ctx
 }
 
 func (s *shim) open(ctx context.Context) error {
@@ -249,13 +242,19 @@ func (s *shim) record(ctx context.Context, more func(*state.Box)) error {
 		event = "start"
 	}
 	layers := s.box.Layers
-	s.box, err = s.keeper.DB.Update(ctx, s.args.ID, state.Change{Generation: s.box.Generation, Event: event}, func(b *state.Box) error {
+	b, err := s.keeper.DB.Update(ctx, s.args.ID, state.Change{Generation: s.box.Generation, Event: event}, func(b *state.Box) error {
+		if b.Phase != state.Starting && !b.Visit {
+			return fmt.Errorf("box %s is %s: %w", b.Name, b.Phase, state.ErrStale)
+		}
 		b.Handles, b.Layers = h, layers
 		if more != nil {
 			more(b)
 		}
 		return nil
 	})
+	if err == nil {
+		s.box = b
+	}
 	return err
 }
 
@@ -367,7 +366,6 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 	}); err != nil {
 		return nil, err
 	}
-	r.markStarted()
 	s.launch.reply(LaunchReply{OK: true})
 	return r, nil
 }
@@ -470,7 +468,7 @@ func (s *shim) finish(ctx context.Context, end lifecycle.End) (again bool, err e
 		return s.restart(ctx, pause(b.RestartCount))
 	}
 	if b.Spec.Remove {
-		return false, s.removeSelf(ctx)
+		return false, s.removeSelf(ctx, end)
 	}
 	return false, nil
 }
@@ -522,28 +520,45 @@ func (s *shim) restart(ctx context.Context, wait time.Duration) (bool, error) {
 	if errors.Is(err, state.ErrStale) || errors.Is(err, state.ErrNotFound) {
 		return false, nil
 	}
+	if err != nil {
+		return false, err
+	}
 	s.box = b
-	return err == nil, err
+	return true, nil
 }
 
-// removeSelf carries out --rm. Whoever holds the operation lock at this moment does it instead.
-func (s *shim) removeSelf(ctx context.Context) error {
-	op, err := supervise.TryLock(s.files.OpLock(), map[string]int{"pid": os.Getpid()})
-	if errors.Is(err, supervise.ErrLocked) {
+// removePatience is how long the shim waits for a command that works on the box, such as the one that has just started it.
+const removePatience = 2 * time.Second
+
+// removeSelf carries out --rm. A command that holds the operation lock and waits for this shim's end, as stop does, does it instead; so
+// does whoever looks next if the lock stays taken.
+func (s *shim) removeSelf(ctx context.Context, end lifecycle.End) error {
+	who := map[string]int{"pid": os.Getpid()}
+	op, err := supervise.TryLock(s.files.OpLock(), who)
+	if errors.Is(err, supervise.ErrLocked) && end.Reason != lifecycle.ReasonStopped {
+		ctx, cancel := context.WithTimeout(ctx, removePatience)
+		op, err = supervise.WaitLock(ctx, s.files.OpLock(), who)
+		cancel()
+	}
+	switch {
+	case errors.Is(err, supervise.ErrLocked), errors.Is(err, context.DeadlineExceeded), errors.Is(err, fs.ErrNotExist):
 		return nil
+	case err != nil:
+		return err
+	}
+	defer op.Unlock()
+	b, err := s.keeper.DB.Update(ctx, s.args.ID, state.Change{Generation: s.box.Generation}, func(b *state.Box) error {
+		if !lifecycle.Removable(b) {
+			return state.ErrStale
+		}
+		b.Phase, b.RemoveVolumes = state.Removing, true
+		return nil
+	})
+	if errors.Is(err, state.ErrStale) || errors.Is(err, state.ErrNotFound) {
+		return nil // somebody has started or removed it
 	}
 	if err != nil {
 		return err
 	}
-	defer op.Unlock()
-	if _, err := s.keeper.DB.Update(ctx, s.args.ID, state.Change{Generation: s.box.Generation}, func(b *state.Box) error {
-		b.Phase = state.Removing
-		return nil
-	}); err != nil {
-		return err
-	}
-	return s.keeper.Discard(ctx, s.box, true)
+	return s.keeper.Discard(ctx, b, true)
 }
-
-// LogName is what a user is pointed to when a shim died.
-func LogName(b home.Box) string { return filepath.Join(b.Dir, "shim.log") }

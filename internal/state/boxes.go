@@ -212,11 +212,6 @@ func appendEvent(ctx context.Context, tx *sql.Tx, e Event) error {
 	return err
 }
 
-// Append records an event that changes no box.
-func (d *DB) Append(ctx context.Context, e Event) error {
-	return d.tx(ctx, func(tx *sql.Tx) error { return appendEvent(ctx, tx, e) })
-}
-
 // Events returns the events after a sequence number, oldest first.
 func (d *DB) Events(ctx context.Context, after int64) ([]Event, error) {
 	rows, err := d.db.QueryContext(ctx, "SELECT seq, data FROM events WHERE seq > ? ORDER BY seq", after)
@@ -239,13 +234,6 @@ func (d *DB) Events(ctx context.Context, after int64) ([]Event, error) {
 		out = append(out, e)
 	}
 	return out, d.explain("read", rows.Err())
-}
-
-// Version changes whenever another process has written: a cheap way to wait for events.
-func (d *DB) Version(ctx context.Context) (int64, error) {
-	var v int64
-	err := d.db.QueryRowContext(ctx, "PRAGMA data_version").Scan(&v)
-	return v, d.explain("read", err)
 }
 
 // lockHolder names a process that holds a lock on the database's files.

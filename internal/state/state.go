@@ -78,24 +78,25 @@ func (e *TransitionError) Error() string {
 
 // Box is one record. Times are UTC; zero times are unset.
 type Box struct {
-	ID           string
-	Name         string
-	Phase        Phase
-	Generation   uint64 // 0: never started
-	Spec         spec.Box
-	CreatedAt    time.Time
-	StartedAt    time.Time
-	FinishedAt   time.Time
-	ExitCode     int
-	Reason       string // why the last generation ended
-	OOMKilled    bool
-	Error        string // what failed, for Failed
-	RestartCount int
-	Damaged      bool            // the record could not be read whole: the box can be ended and removed, and not started
-	Visit        bool            // a generation without a main process was opened to get at the files, and is yet to be seen gone
-	ManualStop   bool            // a user stopped it: the restart policy does not apply
-	Handles      json.RawMessage // the caller's: how to find the generation's processes
-	Layers       json.RawMessage // the caller's: the jail's protections
+	ID            string
+	Name          string
+	Phase         Phase
+	Generation    uint64 // 0: never started
+	Spec          spec.Box
+	CreatedAt     time.Time
+	StartedAt     time.Time
+	FinishedAt    time.Time
+	ExitCode      int
+	Reason        string // why the last generation ended
+	OOMKilled     bool
+	Error         string // what failed, for Failed
+	RestartCount  int
+	Damaged       bool            // the record could not be read whole: the box can be ended and removed, and not started
+	RemoveVolumes bool            // the anonymous volumes go too; for Removing
+	Visit         bool            // a generation without a main process was opened to get at the files, and is yet to be seen gone
+	ManualStop    bool            // a user stopped it: the restart policy does not apply
+	Handles       json.RawMessage // the caller's: how to find the generation's processes
+	Layers        json.RawMessage // the caller's: the jail's protections
 }
 
 // Event is one thing that happened.
@@ -115,7 +116,7 @@ type DB struct {
 	instance string
 }
 
-const schemaVersion = 1
+const schemaVersion = 2
 
 const schema = `
 CREATE TABLE boxes (
@@ -129,16 +130,19 @@ CREATE TABLE events (
 	seq INTEGER PRIMARY KEY AUTOINCREMENT,
 	data TEXT NOT NULL
 ) STRICT;
-CREATE TABLE home (instance TEXT NOT NULL) STRICT;
-PRAGMA user_version = 1;
+` + schemaHome
+
+// schemaHome is what version 2 added: whose records these are.
+const schemaHome = `
+CREATE TABLE home (instance TEXT NOT NULL, place TEXT NOT NULL) STRICT;
+PRAGMA user_version = 2;
 `
 
 // File is the database's name in the home directory.
 const File = "state.db"
 
-// instanceFile keeps the home's identity outside the database, so that a lost database does not lose the names of resources. The
-// database has it too, so that the file can be lost as well: never does a home with boxes take a new identity, under which it would
-// find none of its own processes.
+// instanceFile keeps a copy of the home's identity outside the database, so that a lost database does not lose the names of resources,
+// under which the processes of a home with boxes are found.
 const instanceFile = "instance"
 
 // busy is how long a writer waits for another.
@@ -162,16 +166,7 @@ func open(ctx context.Context, home string, fresh bool) (*DB, error) {
 	if int(st.Uid) != os.Geteuid() {
 		return nil, fmt.Errorf("state directory %s belongs to user %d, not to you (%d): choose another with --home or COFFER_HOME", home, st.Uid, os.Geteuid())
 	}
-	instance, err := readInstance(home)
-	if err != nil {
-		return nil, err
-	}
 	path := filepath.Join(home, File)
-	if st, err := os.Stat(path); instance == "" && boxDirs(home) == 0 && (err != nil || st.Size() == 0) {
-		if instance, err = makeInstance(home, newInstance()); err != nil {
-			return nil, err
-		}
-	}
 	if !fresh {
 		if err := lost(home); err != nil {
 			return nil, err
@@ -191,12 +186,12 @@ func open(ctx context.Context, home string, fresh bool) (*DB, error) {
 	}
 	// One connection: the work is short, and a second one would only contend for the same lock.
 	db.SetMaxOpenConns(1)
-	d := &DB{db: db, dir: home, instance: instance}
+	d := &DB{db: db, dir: home}
 	// SQLite waits for other writers, but not for others that make the same database at the same moment.
 	for deadline := time.Now().Add(busy); ; {
-		err := d.migrate(ctx, fresh)
+		err := d.migrate(ctx, fresh, place(&st))
 		if err == nil {
-			err = d.identify(ctx)
+			err = d.identify(ctx, place(&st))
 		}
 		if err == nil {
 			d.keepRoom()
@@ -252,7 +247,10 @@ func keepPrivate(home, path string) error {
 	return nil
 }
 
-// readInstance returns the home's identity; "" where there is no file, or one that holds none.
+// place identifies the home's directory, so that a copy of a home is told from the home.
+func place(st *syscall.Stat_t) string { return fmt.Sprintf("%x:%x", st.Dev, st.Ino) }
+
+// readInstance returns the home's identity by its file; "" where there is no file, or one that holds none.
 func readInstance(home string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(home, instanceFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -271,48 +269,99 @@ func newInstance() string {
 	return hex.EncodeToString(raw)
 }
 
-// makeInstance writes the home's identity, unless another process has, and returns the one that counts.
-func makeInstance(home, id string) (string, error) {
-	path := filepath.Join(home, instanceFile)
+func writeInstance(home, id string) error {
 	tmp, err := os.CreateTemp(home, ".instance-*")
 	if err != nil {
-		return "", homeError(home, err)
+		return homeError(home, err)
 	}
 	defer os.Remove(tmp.Name())
 	_, err = fmt.Fprintln(tmp, id)
-	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
-		return "", homeError(home, err)
-	}
-	// A link, unlike a rename, lets the first of several processes win.
-	err = os.Link(tmp.Name(), path)
-	if errors.Is(err, fs.ErrExist) {
-		var have string
-		if have, err = readInstance(home); err != nil || have != "" {
-			return have, err
-		}
-		err = os.Rename(tmp.Name(), path) // what is there is damaged
+	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err == nil {
+		err = os.Rename(tmp.Name(), filepath.Join(home, instanceFile))
 	}
 	if err != nil {
-		return "", homeError(home, err)
+		return homeError(home, err)
 	}
-	return id, nil
+	return nil
 }
 
-// identify restores a lost instance file from the database.
-func (d *DB) identify(ctx context.Context) error {
-	if d.instance != "" {
-		return nil
+// identify learns which home this is. A home that was copied or restored to another place gets an identity of its own: under the old one
+// it would find the boxes of the home that it is a copy of, and end them.
+func (d *DB) identify(ctx context.Context, place string) error {
+	read := func(q interface {
+		QueryRowContext(context.Context, string, ...any) *sql.Row
+	}) (at string, err error) {
+		err = q.QueryRowContext(ctx, "SELECT instance, place FROM home").Scan(&d.instance, &at)
+		if errors.Is(err, sql.ErrNoRows) {
+			return "", d.damaged(errors.New("it does not say which home it is of"))
+		}
+		return at, err
 	}
-	var id string
-	if err := d.db.QueryRowContext(ctx, "SELECT instance FROM home").Scan(&id); errors.Is(err, sql.ErrNoRows) {
-		return d.damaged(errors.New("it does not say which home it is of, and the file " + instanceFile + " is lost"))
-	} else if err != nil {
+	at, err := read(d.db)
+	if err != nil {
 		return d.explain("open", err)
 	}
-	var err error
-	d.instance, err = makeInstance(d.dir, id)
-	return err
+	if at != place {
+		err := d.tx(ctx, func(tx *sql.Tx) error {
+			// Another process may have done it while this one waited.
+			if at, err := read(tx); err != nil || at == place {
+				return err
+			}
+			d.instance = newInstance()
+			if _, err := tx.ExecContext(ctx, "UPDATE home SET instance = ?, place = ?", d.instance, place); err != nil {
+				return err
+			}
+			return forget(ctx, tx)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if have, err := readInstance(d.dir); err != nil || have == d.instance {
+		return err
+	}
+	return writeInstance(d.dir, d.instance)
 }
+
+// forget marks boxes as ended whose processes, if any live, are another home's.
+func forget(ctx context.Context, tx *sql.Tx) error {
+	rows, err := tx.QueryContext(ctx, selectBox)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	var live []*Box
+	for rows.Next() {
+		b, err := scanBox(rows)
+		if err != nil {
+			return err
+		}
+		if b.Phase.Live() || b.Visit || len(b.Handles) > 0 {
+			live = append(live, b)
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	for _, b := range live {
+		if b.Phase.Live() {
+			b.Phase, b.ExitCode, b.Reason, b.FinishedAt = Stopped, codeElsewhere, "copied", now()
+			b.ManualStop = true // nothing is started because a home was copied
+		}
+		b.Visit, b.Handles = false, nil
+		data, err := json.Marshal(b)
+		if err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, "UPDATE boxes SET phase = ?, data = ? WHERE id = ?", b.Phase, string(data), b.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// codeElsewhere is the exit code of a box that ran when its home was copied: what became of it here cannot be known.
+const codeElsewhere = 137
 
 // lost tells a home with boxes whose database is not there or has nothing in it. It looks before the database is opened: that would
 // make a new one, and delete the log of the old.
@@ -339,7 +388,7 @@ func emptyError(home string, boxes int) error {
 		filepath.Join(home, File), ErrCorrupt, boxes)
 }
 
-func (d *DB) migrate(ctx context.Context, fresh bool) error {
+func (d *DB) migrate(ctx context.Context, fresh bool, place string) error {
 	var v int
 	if err := d.db.QueryRowContext(ctx, "PRAGMA user_version").Scan(&v); err != nil {
 		return d.explain("open", err)
@@ -350,33 +399,34 @@ func (d *DB) migrate(ctx context.Context, fresh bool) error {
 	case v > schemaVersion:
 		return fmt.Errorf("%s: %w (schema %d, this one knows %d): use that coffer", filepath.Join(d.dir, File), ErrNewer, v, schemaVersion)
 	}
-	if n := boxDirs(d.dir); !fresh && n > 0 {
+	if n := boxDirs(d.dir); v == 0 && !fresh && n > 0 {
 		// Unless another process has made it, and a box, since.
 		if err := d.db.QueryRowContext(ctx, "PRAGMA user_version").Scan(&v); err == nil && v == schemaVersion {
 			return nil
 		}
 		return emptyError(d.dir, n)
 	}
-	if d.instance == "" {
-		// Whoever made the database made the file first; nobody did where both were lost.
-		id, err := readInstance(d.dir)
-		if err == nil && id == "" {
-			id, err = makeInstance(d.dir, newInstance())
-		}
-		if err != nil {
-			return err
-		}
-		d.instance = id
-	}
 	return d.tx(ctx, func(tx *sql.Tx) error {
 		// Another process may have done it while this one waited.
 		if err := tx.QueryRowContext(ctx, "PRAGMA user_version").Scan(&v); err != nil || v == schemaVersion {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, schema); err != nil {
+		step := schema
+		if v == 1 {
+			step = schemaHome
+		}
+		if _, err := tx.ExecContext(ctx, step); err != nil {
 			return err
 		}
-		_, err := tx.ExecContext(ctx, "INSERT INTO home (instance) VALUES (?)", d.instance)
+		// A database that was lost and made anew is still of the same home.
+		id, err := readInstance(d.dir)
+		if err != nil {
+			return err
+		}
+		if id == "" {
+			id = newInstance()
+		}
+		_, err = tx.ExecContext(ctx, "INSERT INTO home (instance, place) VALUES (?, ?)", id, place)
 		return err
 	})
 }
@@ -438,11 +488,7 @@ func (d *DB) keepRoom() {
 func (d *DB) makeRoom(err error) bool {
 	switch primaryCode(err) {
 	case codeFull:
-	case codeIO, codeCantOpen: // what its shared memory finds on a full disk
-		var st syscall.Statfs_t
-		if syscall.Statfs(d.dir, &st) != nil || uint64(st.Bavail)*uint64(st.Bsize) > reserveSize {
-			return false
-		}
+	case codeIO, codeCantOpen: // what its shared memory finds on a full disk, or over a quota
 	default:
 		return false
 	}

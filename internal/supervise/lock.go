@@ -42,13 +42,28 @@ func TryLock(path string, who any) (*Lock, error) {
 		}
 		l := &Lock{f: f}
 		// What a lock says about its holder is for people; on a full disk it still locks.
-		if err := l.write(who); err != nil && !errors.Is(err, unix.ENOSPC) {
+		if err := l.write(who); err != nil && !noRoom(err) {
 			l.Unlock()
 			return nil, err
 		}
 		return l, nil
 	}
 }
+
+// Inherit takes over a lock through the descriptor on which this process was given it, and says who holds it now.
+func Inherit(fd int, who any) (*Lock, error) {
+	l := &Lock{f: os.NewFile(uintptr(fd), "lock")}
+	// It succeeds for whoever has the lock already, and fails if somebody else has it.
+	if err := setLock(l.f, wholeFile()); err != nil {
+		return nil, fmt.Errorf("take over lock: %w", err)
+	}
+	if err := l.write(who); err != nil && !noRoom(err) {
+		return nil, err
+	}
+	return l, nil
+}
+
+func noRoom(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // WaitLock takes the lock as soon as it is free.
 func WaitLock(ctx context.Context, path string, who any) (*Lock, error) {

@@ -4,6 +4,7 @@ package cli
 
 import (
 	"bytes"
+	"database/sql"
 	"fmt"
 	"os"
 	"os/exec"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	_ "modernc.org/sqlite" // to change a database behind the program's back
 
 	"github.com/coffer-box/coffer/test/observer"
 )
@@ -40,7 +42,9 @@ func binary(t *testing.T) string {
 // TestScripts runs every script of testdata in a home of its own. Beside testscript's commands a script has
 //
 //	coffer ARGS...        the program; "coffer ARGS... &name&" is testscript's exec in the background
-//	code N coffer ARGS... it must end with exit code N
+//	code N coffer ARGS... it must end with exit code N; with 125, after one line that says why,
+//	                      or with 125*L after L of them
+//	sql FILE STATEMENT    changes a database
 //	until PATTERN ARGS... runs coffer ARGS until its output matches; how long that takes is not judged
 //	files N GLOB          there must be N files of that pattern
 //
@@ -52,7 +56,7 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		Setup:               func(e *testscript.Env) error { return setup(e, bin) },
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"coffer": cmdCoffer, "code": cmdCode, "until": cmdUntil, "files": cmdFiles,
+			"coffer": cmdCoffer, "code": cmdCode, "sql": cmdSQL, "until": cmdUntil, "files": cmdFiles,
 		},
 		Condition: func(cond string) (bool, error) {
 			switch cond {
@@ -145,12 +149,32 @@ func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: code N PROGRAM ARGS...")
 	}
-	want, err := strconv.Atoi(args[0])
+	code, times, several := strings.Cut(args[0], "*")
+	want, err := strconv.Atoi(code)
 	ts.Check(err)
+	wantLines := 1
+	if several {
+		wantLines, err = strconv.Atoi(times)
+		ts.Check(err)
+	}
 	err = ts.Exec(args[1], args[2:]...)
 	if got := outcome(err); got != want {
 		ts.Fatalf("%s: exit code %d, want %d", strings.Join(args[1:], " "), got, want)
 	}
+	if lines := strings.Count(ts.ReadFile("stderr"), "\n"); want == 125 && lines != wantLines {
+		ts.Fatalf("%s: %d lines of error, want %d:\n%s", strings.Join(args[1:], " "), lines, wantLines, ts.ReadFile("stderr"))
+	}
+}
+
+func cmdSQL(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: sql FILE STATEMENT")
+	}
+	db, err := sql.Open("sqlite", ts.MkAbs(args[0]))
+	ts.Check(err)
+	defer db.Close()
+	_, err = db.Exec(args[1])
+	ts.Check(err)
 }
 
 // outcome is an exit code; death by a signal is 128 and its number.
