@@ -7,6 +7,8 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 LDFLAGS := -s -w -X github.com/coffer-box/coffer.version=$(VERSION)
 FUZZTIME ?= 10s
 export CGO_ENABLED ?= 0
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: all first-box build assets test test-unit test-e2e test-guest test-two-sided test-user lint bench fuzz cross clean deps
 
@@ -30,17 +32,20 @@ deps:
 
 test: deps build test-unit test-e2e test-two-sided test-user test-guest
 
-test-unit:
-	CGO_ENABLED=$$(command -v gcc >/dev/null && echo 1 || echo 0) $(GO) test $$(command -v gcc >/dev/null && echo -race) \
-	  $$($(GO) list ./... | grep -v -e /test/e2e -e /test/cli -e /test/guest$$)
+# Failures in full, and every skipped test with its reason.
+REPORT = $(GO) run ./test/report
+
+test-unit: build
+	CGO_ENABLED=$$(command -v gcc >/dev/null && echo 1 || echo 0) $(GO) test -json $$(command -v gcc >/dev/null && echo -race) \
+	  $$($(GO) list ./... | grep -v -e /test/e2e -e /test/cli -e /test/guest$$) | $(REPORT)
 	CGO_ENABLED=0 $(GO) test ./internal/sentry # as it is used; with the race detector gVisor's filter is another
 
 test-e2e: build
-	$(GO) test -count=1 -timeout 15m -p 1 ./test/e2e ./test/cli
+	$(GO) test -json -count=1 -timeout 15m -p 1 ./test/e2e ./test/cli | $(REPORT)
 
 # Hosts with other control groups than this one, as virtual machines without hardware for them: some minutes.
 test-guest:
-	$(GO) test -count=1 -timeout 20m ./test/guest
+	$(GO) test -json -count=1 -timeout 20m ./test/guest | $(REPORT)
 
 # The leak tests must fail when the whole-tree kill is taken out: otherwise they prove nothing.
 test-two-sided: build

@@ -27,9 +27,12 @@ clean() {
 }
 trap clean EXIT
 
-COFFER_BIN="$nokill" TMPDIR="$home" go test -count=1 -run '^(TestSeedRemove|TestStoppedTree)$' ./test/e2e >"$out" 2>&1 || true
-# A tree that can still run notices that its shim is gone, and leaves its control groups; one that cannot lives on.
-for want in '^--- FAIL: TestSeedRemove' '^--- FAIL: TestStoppedTree' 'things of the box are left' 'process .* \(T\) by'; do
-	grep -Eq -- "$want" "$out" || { echo "two-sided: without the kill there is no «$want», so the tests prove nothing:" >&2; cat "$out" >&2; exit 1; }
-	grep -E -m1 -- "$want" "$out" | sed 's/^ */two-sided: seen to fail: /'
+COFFER_BIN="$nokill" TMPDIR="$home" go test -count=1 -run '^(TestSeedRemove|TestSeedStop|TestStoppedTree|TestLostRecord)$' ./test/e2e >"$out" 2>&1 || true
+for test in TestSeedRemove TestSeedStop TestStoppedTree TestLostRecord; do
+	# The lines of one test: from its own on to the next test's. Processes must have been counted, not control groups alone.
+	lines=$(sed -n "/^--- FAIL: $test /,/^--- /p" "$out" | sed -n '1p;/things of the box are left/p;/process [0-9]/p')
+	for want in "^--- FAIL: $test" 'things of the box are left' 'process [0-9]* .* by'; do
+		echo "$lines" | grep -Eq -- "$want" || { echo "two-sided: without the kill $test says no «$want», so it proves nothing:" >&2; cat "$out" >&2; exit 1; }
+	done
+	echo "two-sided: without the whole-tree kill $test fails:$(echo "$lines" | grep -m1 'things of the box are left' | sed 's/^.*go:[0-9]*://'), such as$(echo "$lines" | grep -m1 -Eo ' process [0-9].*')"
 done

@@ -113,10 +113,13 @@ func reapUntil(pid int) (int, error) {
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
+		case Outlives && err != nil:
+			_ = unix.Pause()
+			continue
 		case err != nil:
 			return 0, fmt.Errorf("wait for the program: %w", err)
 		}
-		if got != pid {
+		if got != pid || Outlives {
 			continue
 		}
 		if ws.Signaled() {

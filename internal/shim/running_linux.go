@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -162,6 +163,9 @@ func (r *running) stop(reason string, sig int, timeout time.Duration) {
 
 // kill ends the jail and what serves it.
 func (r *running) kill() {
+	if jail.Outlives {
+		os.Exit(0)
+	}
 	r.jail.Kill()
 	<-r.jail.Done()
 	if r.agent != nil {

@@ -9,8 +9,8 @@ import "golang.org/x/sys/unix"
 const killTree = false
 
 func killShimOnly(r *reaper) error {
-	for _, p := range r.procs[:min(1, len(r.procs))] {
-		_ = p.Signal(unix.SIGKILL)
+	if r.shim != nil {
+		_ = r.shim.Signal(unix.SIGKILL)
 	}
 	r.procs, r.groups, r.t.ShimLock, r.t.InitLock = nil, nil, "", ""
 	return nil
