@@ -72,7 +72,6 @@ type Set struct {
 
 	BaseDigest string // "sha256:…" of the archive of the image `base`
 	src        fs.FS
-	base       File
 }
 
 // Version returns the version of the embedded parts, and [ErrMissing] where there are none. It touches no disk.
@@ -127,7 +126,6 @@ func ensure(ctx context.Context, src fs.FS, home string) (Set, error) {
 		Scaffold:   filepath.Join(dir, fileScaffold),
 		BaseDigest: "sha256:" + m.Files[FileBase].SHA256,
 		src:        src,
-		base:       m.Files[FileBase],
 	}
 	if set.whole(m) {
 		return set, nil
@@ -236,7 +234,7 @@ func writeScaffold(ctx context.Context, agent, path string) error {
 		return err
 	}
 	defer out.Close()
-	w := erofs.NewWriter(out, erofs.Options{})
+	w := erofs.NewWriter(out)
 	data, err := w.Append(ctx, in, fi.Size())
 	if err != nil {
 		return err

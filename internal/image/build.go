@@ -42,7 +42,6 @@ func rootfsID(diffIDs []v1.Hash) string {
 type builder struct {
 	st     *stage
 	limits Limits
-	report func(layer int, bytes int64)
 	raw    int64 // unpacked bytes so far
 
 	f *os.File // image being written; nil when the root file system is there already
@@ -54,10 +53,7 @@ type builder struct {
 
 // newBuilder starts an image. With knownRootfs the layers are only verified and kept.
 func newBuilder(st *stage, opts Options, knownRootfs bool) (*builder, error) {
-	b := &builder{st: st, limits: opts.Limits.withDefaults(), report: func(int, int64) {}}
-	if opts.Progress != nil {
-		b.report = func(layer int, bytes int64) { opts.Progress(Progress{Layer: layer + 1, Bytes: bytes}) }
-	}
+	b := &builder{st: st, limits: opts.Limits.withDefaults()}
 	if knownRootfs {
 		return b, nil
 	}
@@ -66,7 +62,7 @@ func newBuilder(st *stage, opts Options, knownRootfs bool) (*builder, error) {
 		return nil, err
 	}
 	b.f = f
-	b.t = newTree(erofs.NewWriter(f, erofs.Options{}), b.limits)
+	b.t = newTree(erofs.NewWriter(f), b.limits)
 	return b, nil
 }
 
@@ -85,13 +81,12 @@ type layerSpec struct {
 
 // add takes the next layer from src.
 func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err error) {
-	n := len(b.diffs)
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("layer %d: %w", n+1, err)
+			err = fmt.Errorf("layer %d: %w", len(b.diffs)+1, err)
 		}
 	}()
-	if n >= b.limits.Layers {
+	if len(b.diffs) >= b.limits.Layers {
 		return fmt.Errorf("more than %d layers: %w", b.limits.Layers, ErrTooLarge)
 	}
 	blob, err := b.st.temp()
@@ -128,7 +123,7 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	diff := sha256.New()
 	ahead := newReadAhead(plain)
 	defer ahead.close()
-	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw, report: func(bytes int64) { b.report(n, bytes) }}
+	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw}
 	layer := bufio.NewReaderSize(counted, 64<<10)
 	if b.t != nil {
 		if err := b.t.apply(ctx, layer); err != nil {

@@ -99,14 +99,14 @@ func layerTar(t testing.TB, ents ...ent) []byte {
 }
 
 // buildImage merges layers into an image file.
-func buildImage(t testing.TB, xattrs bool, limits Limits, layers ...[]byte) (string, []Extra, error) {
+func buildImage(t testing.TB, limits Limits, layers ...[]byte) (string, []Extra, error) {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "image.erofs"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := writer.NewWriter(f, writer.Options{Xattrs: xattrs})
+	w := writer.NewWriter(f)
 	tr := newTree(w, limits.withDefaults())
 	for _, l := range layers {
 		if err := tr.apply(t.Context(), bytes.NewReader(l)); err != nil {
@@ -244,11 +244,11 @@ func TestMerge(t *testing.T) {
 			for _, l := range tc.layers {
 				layers = append(layers, layerTar(t, l...))
 			}
-			path, _, err := buildImage(t, false, Limits{}, layers...)
+			path, _, err := buildImage(t, Limits{}, layers...)
 			if err != nil {
 				t.Fatal(err)
 			}
-			again, _, err := buildImage(t, false, Limits{}, layers...)
+			again, _, err := buildImage(t, Limits{}, layers...)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -38,8 +38,6 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-
-	"github.com/coffer-box/coffer/internal/erofs"
 )
 
 var (
@@ -88,9 +86,15 @@ func ShortID(id string) string {
 
 // Extra is what gVisor does not read of one file of a root file system.
 type Extra struct {
-	Path   string        `json:"path"` // absolute, in the box
-	Xattrs []erofs.Xattr `json:"xattrs,omitempty"`
-	Device *Device       `json:"device,omitempty"`
+	Path   string  `json:"path"` // absolute, in the box
+	Xattrs []Xattr `json:"xattrs,omitempty"`
+	Device *Device `json:"device,omitempty"`
+}
+
+// Xattr is one extended attribute.
+type Xattr struct {
+	Name  string
+	Value []byte
 }
 
 // Device describes a device file.
@@ -219,7 +223,3 @@ func (s *Store) image(e *entry) (Image, error) {
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
-
-func sortXattrs(xs []erofs.Xattr) {
-	slices.SortFunc(xs, func(a, b erofs.Xattr) int { return strings.Compare(a.Name, b.Name) })
-}

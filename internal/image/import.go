@@ -25,9 +25,9 @@ func (s *Store) Import(ctx context.Context, src Source, ref string, opts Options
 }
 
 func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts Options, created time.Time, source string) (Image, error) {
-	names := opts.Names
+	var names []string
 	if ref != "" {
-		names = append([]string{ref}, names...)
+		names = []string{ref}
 	}
 	names, err := fullNames(names)
 	if err != nil {

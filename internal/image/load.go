@@ -31,18 +31,9 @@ func (src Source) String() string {
 	return src.Path
 }
 
-// Progress tells how far a load is.
-type Progress struct {
-	Layer int   // counted from 1
-	Bytes int64 // of it, unpacked
-}
-
 // Options are the choices of a load or import. The zero value is useful.
 type Options struct {
-	Progress func(Progress) // called from the loading goroutine
-	Limits   Limits
-	// Names are given to the image, if the source holds only one, besides those that it has.
-	Names []string
+	Limits Limits
 	// Config is what an imported image runs by default. Not for Load.
 	Config v1.Config
 	// Comment goes into the history of an imported image. Not for Load.
@@ -78,10 +69,6 @@ func (s *Store) Load(ctx context.Context, src Source, opts Options) ([]Image, er
 }
 
 func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, error) {
-	names, err := fullNames(opts.Names)
-	if err != nil {
-		return nil, err
-	}
 	st, err := s.newStage(ctx)
 	if err != nil {
 		return nil, err
@@ -95,12 +82,6 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 	imgs, err := findImages(c)
 	if err != nil {
 		return nil, err
-	}
-	if len(names) > 0 {
-		if len(imgs) != 1 {
-			return nil, fmt.Errorf("a name cannot be given: it holds %d images", len(imgs))
-		}
-		imgs[0].names = append(imgs[0].names, names...)
 	}
 	entries := make([]entry, 0, len(imgs))
 	for _, im := range imgs {

@@ -85,34 +85,6 @@ func (s *Store) Prune(ctx context.Context, all bool, inUse func(id string) []str
 	return res, err
 }
 
-// Tag gives an image one more name, and takes it from the image that had it.
-func (s *Store) Tag(ctx context.Context, ref, name string) (Image, error) {
-	full, err := fullNames([]string{name})
-	if err != nil {
-		return Image{}, err
-	}
-	unlock, err := s.lock(ctx)
-	if err != nil {
-		return Image{}, err
-	}
-	defer unlock()
-	idx, err := s.readIndex()
-	if err != nil {
-		return Image{}, err
-	}
-	e, err := idx.find(ref)
-	if err != nil {
-		return Image{}, err
-	}
-	changed := *e
-	changed.Names = full
-	kept := idx.put(changed)
-	if err := s.writeIndex(idx); err != nil {
-		return Image{}, err
-	}
-	return s.image(kept)
-}
-
 func users(inUse func(id string) []string, id string) []string {
 	if inUse == nil {
 		return nil

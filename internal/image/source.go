@@ -70,7 +70,7 @@ func openArchive(ctx context.Context, src Source, st *stage, limits Limits) (f *
 	if err != nil {
 		return nil, false, err
 	}
-	r := &countingReader{r: ctxReader{ctx, plain}, left: limits.Bytes, report: func(int64) {}}
+	r := &countingReader{r: ctxReader{ctx, plain}, left: limits.Bytes}
 	if _, err := io.Copy(tmp, r); err != nil {
 		tmp.Close()
 		return nil, false, fmt.Errorf("unpack: %w", err)

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -37,6 +38,9 @@ func TestMain(m *testing.M) {
 	}
 	goleak.VerifyTestMain(m)
 }
+
+// background is the context of the helper process, which has no test.
+func background() context.Context { return context.Background() }
 
 func newStore(t *testing.T) *Store {
 	t.Helper()

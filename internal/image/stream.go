@@ -90,13 +90,11 @@ func (a *readAhead) close() {
 	a.stopped.Wait()
 }
 
-// countingReader bounds and reports what is read.
+// countingReader counts and bounds what is read.
 type countingReader struct {
-	r      io.Reader
-	n      int64
-	left   int64
-	report func(int64)
-	last   int64
+	r    io.Reader
+	n    int64
+	left int64
 }
 
 func (c *countingReader) Read(p []byte) (int, error) {
@@ -104,10 +102,6 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	c.n += int64(n)
 	if c.left -= int64(n); c.left < 0 {
 		return 0, fmt.Errorf("it unfolds to more than the limit: %w", ErrTooLarge)
-	}
-	if c.n-c.last >= 4<<20 || errors.Is(err, io.EOF) {
-		c.last = c.n
-		c.report(c.n)
 	}
 	return n, err
 }

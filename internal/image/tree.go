@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -65,10 +66,11 @@ type tree struct {
 	entries int
 	bytes   int64
 	files   []*erofs.Node // every node that ever had contents
+	xattrs  map[*erofs.Node][]Xattr
 }
 
 func newTree(w *erofs.Writer, limits Limits) *tree {
-	return &tree{w: w, limits: limits, root: newDir(0)}
+	return &tree{w: w, limits: limits, root: newDir(0), xattrs: map[*erofs.Node][]Xattr{}}
 }
 
 // newDir is a directory that no layer describes: what Docker makes for a parent that is missing from an archive.
@@ -127,7 +129,7 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return t.whiteout(path[:len(path)-1], base)
 	}
-	n, err := t.node(hdr)
+	n, err := newNode(hdr)
 	if err != nil {
 		return err
 	}
@@ -141,12 +143,11 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		if n, err = t.linkTarget(hdr.Linkname); err != nil {
 			return err
 		}
-		if n == old {
-			return nil
-		}
+		dir.Children[base] = n
+		return nil
 	case n.IsDir() && old != nil && old.IsDir():
 		// A directory that is there already keeps what it holds and takes the new attributes.
-		n.Children = old.Children
+		n = old
 	case n.Type() == erofs.TypeRegular:
 		if hdr.Size > t.limits.Bytes-t.bytes {
 			return fmt.Errorf("contents exceed %d bytes in all: %w", t.limits.Bytes, ErrTooLarge)
@@ -160,11 +161,11 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		}
 	}
 	dir.Children[base] = n
-	return nil
+	return t.setAttrs(n, hdr)
 }
 
-// node makes the node that a header describes; for a hard link there is none yet.
-func (t *tree) node(hdr *tar.Header) (*erofs.Node, error) {
+// newNode makes the node that a header describes, without its attributes; for a hard link there is none yet.
+func newNode(hdr *tar.Header) (*erofs.Node, error) {
 	n := &erofs.Node{}
 	switch hdr.Typeflag {
 	case tar.TypeReg, '\x00', tar.TypeCont, tar.TypeGNUSparse: // 0 is how archives from before POSIX mark a file
@@ -194,7 +195,7 @@ func (t *tree) node(hdr *tar.Header) (*erofs.Node, error) {
 		}
 		n.Major, n.Minor = uint32(hdr.Devmajor), uint32(hdr.Devminor)
 	}
-	return n, t.setAttrs(n, hdr)
+	return n, nil
 }
 
 // setAttrs copies owner, permissions, time and extended attributes.
@@ -211,15 +212,21 @@ func (t *tree) setAttrs(n *erofs.Node, hdr *tar.Header) error {
 	n.ModTime = hdr.ModTime
 	n.Tag = t.layer
 	xs, err := tarXattrs(hdr)
-	n.Xattrs = xs
-	return err
+	if err != nil {
+		return err
+	}
+	delete(t.xattrs, n)
+	if len(xs) > 0 {
+		t.xattrs[n] = xs
+	}
+	return nil
 }
 
 // tarXattrs reads the extended attributes of a header. Those of overlay file systems are left out: they would not describe this
 // file but change what the box's own overlay makes of it.
-func tarXattrs(hdr *tar.Header) ([]erofs.Xattr, error) {
+func tarXattrs(hdr *tar.Header) ([]Xattr, error) {
 	const pax = "SCHILY.xattr."
-	var xs []erofs.Xattr
+	var xs []Xattr
 	size := 0
 	for key, value := range hdr.PAXRecords {
 		name, ok := strings.CutPrefix(key, pax)
@@ -232,9 +239,9 @@ func tarXattrs(hdr *tar.Header) ([]erofs.Xattr, error) {
 		if size += len(name) + len(value); size > maxXattrs {
 			return nil, fmt.Errorf("more than %d bytes of extended attributes: %w", maxXattrs, ErrTooLarge)
 		}
-		xs = append(xs, erofs.Xattr{Name: name, Value: []byte(value)})
+		xs = append(xs, Xattr{Name: name, Value: []byte(value)})
 	}
-	sortXattrs(xs)
+	slices.SortFunc(xs, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
 	return xs, nil
 }
 
@@ -398,8 +405,8 @@ func (t *tree) finish() (*erofs.Node, []Extra) {
 			continue // another name of a file that was seen
 		}
 		it.n.Tag = live
-		x := Extra{Path: it.path, Xattrs: it.n.Xattrs}
-		if t := it.n.Type(); t == erofs.TypeChar || t == erofs.TypeBlock {
+		x := Extra{Path: it.path, Xattrs: t.xattrs[it.n]}
+		if typ := it.n.Type(); typ == erofs.TypeChar || typ == erofs.TypeBlock {
 			x.Device = &Device{Mode: uint32(it.n.Mode), UID: it.n.UID, GID: it.n.GID, Major: it.n.Major, Minor: it.n.Minor}
 		}
 		if len(x.Xattrs) > 0 || x.Device != nil {
