@@ -268,10 +268,7 @@ func (r *Runtime) imageUsers(ctx context.Context) (func(string) []string, error)
 }
 
 // BaseImage is the name of the image that is part of the coffer program.
-const BaseImage = "base"
-
-// InstallBaseArg is the hidden command with which the helper puts its embedded image into a home.
-const InstallBaseArg = "_base"
+const BaseImage = image.BaseName
 
 func (r *Runtime) resolveImage(ctx context.Context, ref string) (Image, error) {
 	if ref == "" {
@@ -306,7 +303,7 @@ func (r *Runtime) ensureBase(ctx context.Context) error {
 			return nil
 		}
 	}
-	cmd := exec.CommandContext(ctx, helper, InstallBaseArg, r.home.Root)
+	cmd := exec.CommandContext(ctx, helper, image.InstallBaseArg, r.home.Root)
 	var msg strings.Builder
 	cmd.Stderr = &msg
 	if err := cmd.Run(); err != nil {

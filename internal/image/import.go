@@ -112,6 +112,9 @@ func openRootfs(ctx context.Context, src Source) (io.Reader, func(), error) {
 // BaseName is the name of the image that comes with the program.
 const BaseName = "base"
 
+// InstallBaseArg is the hidden command of the coffer program that puts it into a home.
+const InstallBaseArg = "_base"
+
 // EnsureBase sees to it that the image [BaseName] is the one made of the embedded archive with this digest. It costs a look at
 // the index when it is; open is called only when it is not.
 func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.ReadCloser, error)) (Image, error) {

@@ -9,12 +9,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/coffer-box/coffer/internal/disk"
 )
 
 // indexVersion is raised when older programs would misread the index.
@@ -66,7 +65,7 @@ func (s *Store) writeIndex(idx *index) error {
 	if err != nil {
 		return fmt.Errorf("write image index: %w", err)
 	}
-	if err := replaceFile(s.path("index.json"), append(b, '\n')); err != nil {
+	if err := disk.Replace(s.path("index.json"), append(b, '\n')); err != nil {
 		return fmt.Errorf("write image index: %w", err)
 	}
 	return nil
@@ -143,59 +142,11 @@ func (idx *index) put(e entry) *entry {
 
 // lock takes the lock of the store. It is the only one in this package that is waited for; the locks below tmp are only tried.
 func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
-	f, err := os.OpenFile(s.path("lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	unlock, err = disk.Lock(ctx, s.path("lock"))
 	if err != nil {
 		return nil, fmt.Errorf("lock image store: %w", err)
 	}
-	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("lock image store: %w", err)
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("lock image store: %w", ctx.Err())
-		case <-time.After(wait):
-		}
-	}
-}
-
-// replaceFile gives path new contents so that a reader, now or after a crash, sees the old or the new ones.
-func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // fails after the rename, as it should
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(path))
-	}
-	return err
-}
-
-// syncDir makes renames in a directory last.
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return unlock, nil
 }
 
 // readBounded reads a whole file that should be small.

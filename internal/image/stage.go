@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/coffer-box/coffer/internal/disk"
 )
 
 // stage is one load's own directory. Files in it are named by where they will go, with "_" for "/".
@@ -36,7 +36,7 @@ func (s *Store) newStage(ctx context.Context) (*stage, error) {
 	st := &stage{s: s, dir: dir, made: map[string]string{}}
 	st.lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err == nil {
-		err = unix.Flock(int(st.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		_, err = disk.TryLock(st.lock) // nobody else has it: whoever sweeps holds the store's lock
 	}
 	if err != nil {
 		st.close()
@@ -54,9 +54,9 @@ func (s *Store) sweep() {
 	for _, e := range entries {
 		dir := s.path("tmp", e.Name())
 		if f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0); err == nil {
-			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+			dead, err := disk.TryLock(f)
 			f.Close()
-			if err != nil {
+			if !dead || err != nil {
 				continue // at work
 			}
 		}
@@ -146,7 +146,7 @@ func (st *stage) commit(ctx context.Context, entries []entry) (*index, error) {
 		}
 	}
 	for _, d := range []string{"blobs/sha256", "rootfs"} {
-		if err := syncDir(st.s.path(d)); err != nil {
+		if err := disk.SyncDir(st.s.path(d)); err != nil {
 			return nil, fmt.Errorf("store image: %w", err)
 		}
 	}
