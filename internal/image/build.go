@@ -23,7 +23,7 @@ import (
 )
 
 // rootfsFormat is part of every root file system's id; raise it when the same layers begin to give another image file.
-const rootfsFormat = "coffer rootfs 1"
+const rootfsFormat = "coffer rootfs 2"
 
 // maxWindow bounds what a zstd stream may make the decoder allocate.
 const maxWindow = 128 << 20
@@ -186,14 +186,13 @@ func (b *builder) finish(ctx context.Context, id string) (int64, error) {
 	if err := b.t.w.Finish(ctx, root, uuid); err != nil {
 		return 0, fmt.Errorf("write root file system: %w", err)
 	}
-	if len(extras) > 0 {
-		j, err := json.Marshal(extras)
-		if err != nil {
-			return 0, err
-		}
-		if err := b.st.keepBytes(j, extraPlace(id)); err != nil {
-			return 0, err
-		}
+	// Also where there are none: a root without the file has lost it.
+	j, err := json.Marshal(extras)
+	if err != nil {
+		return 0, err
+	}
+	if err := b.st.keepBytes(j, extraPlace(id)); err != nil {
+		return 0, err
 	}
 	f := b.f
 	b.f = nil

@@ -13,7 +13,7 @@
 //	lock                  flock(2)ed by whoever changes the index or sweeps
 //	blobs/sha256/<hex>    manifests, configurations and compressed layers, by their own digest
 //	rootfs/<id>.erofs     root file systems; the id is made of the layers, so images with the same layers share one
-//	rootfs/<id>.extra     attributes and devices of that root, as JSON, where there are any; gVisor reads none of them from EROFS
+//	rootfs/<id>.extra     attributes and devices of that root, as a JSON list; gVisor reads none of them from EROFS
 //	tmp/<random>/         one load at work; its lock file is held by the one who writes there
 //
 // A load writes and syncs everything in its own directory under tmp, then takes the lock, renames the files to their places and
@@ -148,7 +148,7 @@ func (s *Store) RootfsPath(img Image) string { return s.rootfsPath(img.RootfsID)
 func (s *Store) Extras(img Image) ([]Extra, error) {
 	b, err := os.ReadFile(s.extraPath(img.RootfsID))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return nil, fmt.Errorf("the attributes of root file system %.12s are lost: %w; load its image again", img.RootfsID, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the extra data of image %s: %w", ShortID(img.ID), err)

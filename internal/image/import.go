@@ -126,7 +126,7 @@ func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.R
 	if err != nil {
 		return Image{}, err
 	}
-	if e, err := idx.find(name.String()); err == nil && e.Source == digest && exists(s.rootfsPath(e.Rootfs)) {
+	if e, err := idx.find(name.String()); err == nil && e.Source == digest && exists(s.rootfsPath(e.Rootfs)) && exists(s.extraPath(e.Rootfs)) {
 		return s.image(e)
 	}
 	r, err := open()

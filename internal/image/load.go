@@ -132,11 +132,7 @@ func (s *Store) loadOne(ctx context.Context, st *stage, c container, im found, o
 		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
 	}
 	rid := rootfsID(diffs)
-	known := st.share(rootfsPlace(rid))
-	if known {
-		st.share(extraPlace(rid))
-	}
-	b, err := newBuilder(st, opts, known)
+	b, err := newBuilder(st, opts, st.shareRootfs(rid))
 	if err != nil {
 		return entry{}, err
 	}
@@ -176,10 +172,9 @@ func (s *Store) haveAll(st *stage, id string) (entry, bool) {
 		return entry{}, false
 	}
 	e := idx.byID(id)
-	if e == nil || !st.share(blobPlace(e.ID)) || !st.share(blobPlace(e.Manifest)) || !st.share(rootfsPlace(e.Rootfs)) {
+	if e == nil || !st.share(blobPlace(e.ID)) || !st.share(blobPlace(e.Manifest)) || !st.shareRootfs(e.Rootfs) {
 		return entry{}, false
 	}
-	st.share(extraPlace(e.Rootfs))
 	m, err := s.manifest(e)
 	if err != nil {
 		return entry{}, false

@@ -125,6 +125,12 @@ func (st *stage) share(place string) bool {
 	return true
 }
 
+// shareRootfs takes a root file system that the store has whole. A removal may take it away between the one file and the other, and
+// who died while they were moved to their places has left but one.
+func (st *stage) shareRootfs(id string) bool {
+	return st.share(rootfsPlace(id)) && st.share(extraPlace(id))
+}
+
 // commit moves everything to its place and records the images, as one step for all who look.
 func (st *stage) commit(ctx context.Context, entries []entry) (*index, error) {
 	if err := ctx.Err(); err != nil {

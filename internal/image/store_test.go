@@ -284,6 +284,49 @@ func TestSameLayersSameRootfs(t *testing.T) {
 	}
 }
 
+// One file of a root is all there is when a load was killed between the two, or a removal is at work: the root is not taken as known.
+func TestHalfARootfs(t *testing.T) {
+	for name, lost := range map[string]func(*Store, string) string{"attributes": (*Store).extraPath, "files": (*Store).rootfsPath} {
+		for _, again := range []string{"one", "another of its layers"} {
+			t.Run(name+" lost, then "+again, func(t *testing.T) {
+				s := newStore(t)
+				im := sampleImage(t, "one")
+				imgs, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, im, "x:1"))}, Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Remove(lost(s, imgs[0].RootfsID)); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Extras(imgs[0]); err == nil && name == "attributes" {
+					t.Error("lost attributes are taken for none")
+				}
+				im.cmd = again
+				if imgs, err = s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, im, "x:1"))}, Options{}); err != nil {
+					t.Fatal(err)
+				}
+				if xs, err := s.Extras(imgs[0]); err != nil || len(xs) != 1 || xs[0].Path != "/bin/ping" {
+					t.Errorf("attributes: %+v, %v", xs, err)
+				}
+				if files := readGvisor(t, s.RootfsPath(imgs[0])); files["data"].Size != 300000 {
+					t.Errorf("%+v", files)
+				}
+			})
+		}
+	}
+}
+
+func TestNoExtras(t *testing.T) {
+	s := newStore(t)
+	img, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "x", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if xs, err := s.Extras(img); err != nil || len(xs) != 0 {
+		t.Errorf("%v, %v", xs, err)
+	}
+}
+
 func TestBadSources(t *testing.T) {
 	im := sampleImage(t, "one")
 	change := func(files map[string][]byte, name string, b []byte) map[string][]byte {
@@ -437,6 +480,12 @@ func TestEnsureBase(t *testing.T) {
 	again, err := s.EnsureBase(t.Context(), "sha256:1", open("a"))
 	if err != nil || opened != 1 || again.ID != first.ID {
 		t.Errorf("opened %d times, %v", opened, err)
+	}
+	if err := os.Remove(s.extraPath(first.RootfsID)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.EnsureBase(t.Context(), "sha256:1", open("a")); err != nil || opened != 2 {
+		t.Errorf("half of it is lost: opened %d times, %v", opened, err)
 	}
 	newer, err := s.EnsureBase(t.Context(), "sha256:2", open("b"))
 	if err != nil || newer.ID == first.ID {

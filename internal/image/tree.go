@@ -396,7 +396,7 @@ func (t *tree) finish() (*erofs.Node, []Extra) {
 		path string
 		n    *erofs.Node
 	}
-	var extras []Extra
+	extras := []Extra{}
 	todo := []item{{"/", t.root}}
 	for len(todo) > 0 {
 		it := todo[len(todo)-1]
