@@ -157,6 +157,17 @@ func mergeCases() map[string]struct {
 			[][]ent{{{name: "d/a", body: "a"}, {name: "d/s/b", body: "b"}}, {{name: "d/c", body: "c"}, {name: "d/.wh..wh..opq"}, {name: "d/e", body: "e"}}},
 			map[string]seen{"d": d(0o755, 2), "d/c": file(0o644, "c"), "d/e": file(0o644, "e")},
 		},
+		"opaque, after a link to a file below": {
+			[][]ent{{{name: "a", body: "1"}, {name: "d/old", body: "o"}, {name: "d/same", typ: tar.TypeLink, link: "a"}},
+				{{name: "d/l", typ: tar.TypeLink, link: "a"}, {name: "d/same", typ: tar.TypeLink, link: "a"}, {name: "d/.wh..wh..opq"}, {name: "d/.wh.l"}}},
+			map[string]seen{"a": {Mode: reg | 0o644, Nlink: 3, Size: 1, Sum: sum([]byte("1"))}, "d": d(0o755, 2),
+				"d/l": {Mode: reg | 0o644, Nlink: 3, Size: 1, Sum: sum([]byte("1"))}, "d/same": {Mode: reg | 0o644, Nlink: 3, Size: 1, Sum: sum([]byte("1"))}},
+		},
+		"opaque twice, with a restated directory between": {
+			[][]ent{{{name: "d/a", body: "a"}, {name: "d/s/b", body: "b"}}, {{name: "d/.wh..wh..opq"}, {name: "d", typ: tar.TypeDir, mode: 0o700}, {name: "d/s/c", body: "c"},
+				{name: "d/.wh..wh..opq"}, {name: ".wh.d"}}, {{name: "d/s/.wh.c"}, {name: "e"}}},
+			map[string]seen{"d": d(0o700, 3), "d/s": d(0o755, 2), "e": file(0o644, "")},
+		},
 		"aufs metadata means nothing": {
 			[][]ent{{{name: "a", body: "1"}, {name: ".wh..wh.aufs", body: ""}, {name: ".wh..wh.plnk", typ: tar.TypeDir}}},
 			map[string]seen{"a": file(0o644, "1")},

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	writer "github.com/coffer-box/coffer/internal/erofs"
 )
 
 func TestHostileLayers(t *testing.T) {
@@ -47,6 +49,44 @@ func TestHostileLayers(t *testing.T) {
 			}
 			if _, err := os.Lstat(outside); err == nil {
 				t.Error("something was made on the host")
+			}
+		})
+	}
+}
+
+// However often a layer says that a directory hides what was in it, the directory is gone through once: n files and n whiteouts
+// would make n² looks.
+func TestManyWhiteouts(t *testing.T) {
+	for name, again := range map[string][]tar.Header{
+		"opaque":                     {{Name: "d/.wh..wh..opq", Typeflag: tar.TypeReg}},
+		"whiteout":                   {{Name: ".wh.d", Typeflag: tar.TypeReg}},
+		"opaque, after its own name": {{Name: "d", Typeflag: tar.TypeDir}, {Name: "d/.wh..wh..opq", Typeflag: tar.TypeReg}},
+		"opaque parent":              {{Name: ".wh..wh..opq", Typeflag: tar.TypeReg}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tr := newTree(nil, Limits{}.withDefaults())
+			for _, name := range []string{"d/below", "d/own"} {
+				if err := tr.apply(t.Context(), bytes.NewReader(layerTar(t, ent{name: name, typ: tar.TypeFifo}))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			add := func() {
+				for _, hdr := range again {
+					if err := tr.add(t.Context(), &hdr, nil); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			add()
+			d := tr.root.Children["d"]
+			if len(d.Children) != 1 || d.Children["own"] == nil {
+				t.Fatalf("left in it: %v", d.Children)
+			}
+			// No layer could put it there. Who looks at it would take it away.
+			d.Children["mark"] = &writer.Node{Mode: writer.TypeFIFO}
+			add()
+			if d = tr.root.Children["d"]; d.Children["mark"] == nil {
+				t.Error("the directory was gone through again")
 			}
 		})
 	}

@@ -67,6 +67,17 @@ type tree struct {
 	bytes   int64
 	files   []*erofs.Node // every node that ever had contents
 	xattrs  map[*erofs.Node][]Xattr
+
+	// Of the present layer: directories that hold nothing of the layers below any more, so that no number of whiteouts makes the
+	// work more than once; and its names for files of the layers below, whose tags are those layers'.
+	emptied map[*erofs.Node]bool
+	linked  map[place]bool
+}
+
+// place is a name in a directory.
+type place struct {
+	dir  *erofs.Node
+	name string
 }
 
 func newTree(w *erofs.Writer, limits Limits) *tree {
@@ -81,6 +92,7 @@ func newDir(layer uint32) *erofs.Node {
 // apply merges one layer, a plain tar stream, and leaves r after the archive's end mark.
 func (t *tree) apply(ctx context.Context, r io.Reader) error {
 	t.layer++
+	t.emptied, t.linked = map[*erofs.Node]bool{}, map[place]bool{}
 	tr := tar.NewReader(r)
 	for {
 		hdr, err := tr.Next()
@@ -144,6 +156,9 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 			return err
 		}
 		dir.Children[base] = n
+		if n.Tag != t.layer {
+			t.linked[place{dir, base}] = true
+		}
 		return nil
 	case n.IsDir() && old != nil && old.IsDir():
 		// A directory that is there already keeps what it holds and takes the new attributes.
@@ -378,13 +393,17 @@ func (t *tree) hide(dir *erofs.Node, name string) {
 	if n.IsDir() {
 		t.hideChildren(n)
 	}
-	if n.Tag != t.layer && len(n.Children) == 0 {
+	if n.Tag != t.layer && len(n.Children) == 0 && !t.linked[place{dir, name}] {
 		delete(dir.Children, name)
 	}
 }
 
 // hideChildren empties a directory of what the layers below put there. Depth is bounded by walk.
 func (t *tree) hideChildren(dir *erofs.Node) {
+	if t.emptied[dir] {
+		return
+	}
+	t.emptied[dir] = true
 	for name := range dir.Children {
 		t.hide(dir, name)
 	}
