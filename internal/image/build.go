@@ -23,7 +23,7 @@ import (
 )
 
 // rootfsFormat is part of every root file system's id; raise it when the same layers begin to give another image file.
-const rootfsFormat = "coffer rootfs 2"
+const rootfsFormat = "coffer rootfs 3"
 
 // maxWindow bounds what a zstd stream may make the decoder allocate.
 const maxWindow = 128 << 20

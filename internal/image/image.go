@@ -86,7 +86,7 @@ func ShortID(id string) string {
 
 // Extra is what gVisor does not read of one file of a root file system.
 type Extra struct {
-	Path   string  `json:"path"` // absolute, in the box
+	Path   []byte  `json:"path"` // absolute, in the box; no string, since names need not be UTF-8
 	Xattrs []Xattr `json:"xattrs,omitempty"`
 	Device *Device `json:"device,omitempty"`
 }

@@ -190,7 +190,7 @@ func checkSample(t *testing.T, s *Store, img Image, cmd string) {
 		t.Error(diff)
 	}
 	xs, err := s.Extras(img)
-	if err != nil || len(xs) != 1 || xs[0].Path != "/bin/ping" || string(xs[0].Xattrs[0].Value) != "v" {
+	if err != nil || len(xs) != 1 || string(xs[0].Path) != "/bin/ping" || string(xs[0].Xattrs[0].Value) != "v" {
 		t.Errorf("attributes: %+v, %v", xs, err)
 	}
 	m, err := s.manifest(&entry{ID: img.ID, Manifest: img.Manifest})
@@ -305,7 +305,7 @@ func TestHalfARootfs(t *testing.T) {
 				if imgs, err = s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, im, "x:1"))}, Options{}); err != nil {
 					t.Fatal(err)
 				}
-				if xs, err := s.Extras(imgs[0]); err != nil || len(xs) != 1 || xs[0].Path != "/bin/ping" {
+				if xs, err := s.Extras(imgs[0]); err != nil || len(xs) != 1 || string(xs[0].Path) != "/bin/ping" {
 					t.Errorf("attributes: %+v, %v", xs, err)
 				}
 				if files := readGvisor(t, s.RootfsPath(imgs[0])); files["data"].Size != 300000 {

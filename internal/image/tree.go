@@ -2,6 +2,7 @@ package image
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -409,36 +410,10 @@ func (t *tree) hideChildren(dir *erofs.Node) {
 	}
 }
 
-// finish gives back the contents that ended up hidden and returns the tree, with the extended attributes that its files have.
+// finish gives back the contents that ended up hidden and returns the tree, with what gVisor does not read of it.
 func (t *tree) finish() (*erofs.Node, []Extra) {
-	type item struct {
-		path string
-		n    *erofs.Node
-	}
 	extras := []Extra{}
-	todo := []item{{"/", t.root}}
-	for len(todo) > 0 {
-		it := todo[len(todo)-1]
-		todo = todo[:len(todo)-1]
-		if it.n.Tag == live {
-			continue // another name of a file that was seen
-		}
-		it.n.Tag = live
-		x := Extra{Path: it.path, Xattrs: t.xattrs[it.n]}
-		if typ := it.n.Type(); typ == erofs.TypeChar || typ == erofs.TypeBlock {
-			x.Device = &Device{Mode: uint32(it.n.Mode), UID: it.n.UID, GID: it.n.GID, Major: it.n.Major, Minor: it.n.Minor}
-		}
-		if len(x.Xattrs) > 0 || x.Device != nil {
-			extras = append(extras, x)
-		}
-		if !it.n.IsDir() {
-			continue
-		}
-		prefix := strings.TrimSuffix(it.path, "/") + "/"
-		for _, name := range sortedKeys(it.n.Children) {
-			todo = append(todo, item{prefix + name, it.n.Children[name]})
-		}
-	}
+	t.mark(t.root, nil, &extras)
 	for _, n := range t.files {
 		if n.Tag != live {
 			t.w.Discard(n.Data)
@@ -446,4 +421,28 @@ func (t *tree) finish() (*erofs.Node, []Extra) {
 	}
 	t.files = nil
 	return t.root, extras
+}
+
+// mark marks what is in the tree below a directory as live and gathers its extras. The path is one buffer for all of it: below a
+// long one, a path for each file would be more than memory holds.
+func (t *tree) mark(n *erofs.Node, path []byte, extras *[]Extra) {
+	x := Extra{}
+	if n.Tag != live {
+		// An attribute is set on one name of a file only: the others are the same file.
+		x.Xattrs = t.xattrs[n]
+	}
+	n.Tag = live
+	if typ := n.Type(); typ == erofs.TypeChar || typ == erofs.TypeBlock {
+		x.Device = &Device{Mode: uint32(n.Mode), UID: n.UID, GID: n.GID, Major: n.Major, Minor: n.Minor}
+	}
+	if len(x.Xattrs) > 0 || x.Device != nil {
+		x.Path = bytes.Clone(path)
+		if len(path) == 0 {
+			x.Path = []byte("/")
+		}
+		*extras = append(*extras, x)
+	}
+	for _, name := range sortedKeys(n.Children) {
+		t.mark(n.Children[name], append(append(path, '/'), name...), extras)
+	}
 }
