@@ -178,7 +178,10 @@ func (b *builder) finish(ctx context.Context, id string) (int64, error) {
 	if b.t == nil {
 		return b.knownSize(id)
 	}
-	root, extras := b.t.finish()
+	root, extras, err := b.t.finish()
+	if err != nil {
+		return 0, err
+	}
 	var uuid [16]byte
 	if raw, err := hex.DecodeString(id); err == nil {
 		copy(uuid[:], raw)
@@ -187,11 +190,7 @@ func (b *builder) finish(ctx context.Context, id string) (int64, error) {
 		return 0, fmt.Errorf("write root file system: %w", err)
 	}
 	// Also where there are none: a root without the file has lost it.
-	j, err := json.Marshal(extras)
-	if err != nil {
-		return 0, err
-	}
-	if err := b.st.keepBytes(j, extraPlace(id)); err != nil {
+	if err := b.keepExtras(extras, id); err != nil {
 		return 0, err
 	}
 	f := b.f
@@ -200,6 +199,34 @@ func (b *builder) finish(ctx context.Context, id string) (int64, error) {
 		return 0, errors.Join(err, f.Close())
 	}
 	return b.t.w.Used(), b.st.keep(f, rootfsPlace(id))
+}
+
+// keepExtras writes a JSON list, one element after the other.
+func (b *builder) keepExtras(extras []Extra, id string) error {
+	f, err := b.st.temp()
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriter(f)
+	sep := "["
+	for _, x := range extras {
+		var j []byte
+		if j, err = json.Marshal(x); err != nil {
+			break
+		}
+		w.WriteString(sep)
+		w.Write(j)
+		sep = ",\n"
+	}
+	if len(extras) == 0 {
+		w.WriteString(sep)
+	}
+	w.WriteString("]\n")
+	if err = errors.Join(err, w.Flush()); err != nil {
+		f.Close()
+		return err
+	}
+	return b.st.keep(f, extraPlace(id))
 }
 
 // knownSize is the size of a root file system that was there before: that which an image with the same one has.

@@ -113,7 +113,10 @@ func buildImage(t testing.TB, limits Limits, layers ...[]byte) (string, []Extra,
 			return "", nil, err
 		}
 	}
-	root, xs := tr.finish()
+	root, xs, err := tr.finish()
+	if err != nil {
+		return "", nil, err
+	}
 	return f.Name(), xs, w.Finish(t.Context(), root, [16]byte{1})
 }
 

@@ -3,13 +3,17 @@ package image
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	writer "github.com/coffer-box/coffer/internal/erofs"
 )
@@ -37,6 +41,11 @@ func TestHostileLayers(t *testing.T) {
 		"too many entries":         {ents: []ent{{name: "a"}, {name: "b"}, {name: "c"}}, limits: Limits{Entries: 2}, want: "more than 2 entries"},
 		"implied parents count":    {ents: []ent{{name: "a/b/c/d/e"}}, limits: Limits{Entries: 3}, want: "more than 3 entries"},
 		"too many bytes":           {ents: []ent{{name: "a", body: "12345"}, {name: "b", body: "12345"}}, limits: Limits{Bytes: 8}, want: "exceed 8 bytes"},
+		"too long names":           {ents: []ent{{name: "12345"}, {name: "678901"}}, limits: Limits{Metadata: 10}, want: "too many bytes"},
+		"implied names count":      {ents: []ent{{name: "12345/678901/2"}}, limits: Limits{Metadata: 11}, want: "too many bytes"},
+		"too long links":           {ents: []ent{{name: "1", typ: tar.TypeSymlink, link: "2345678901"}}, limits: Limits{Metadata: 10}, want: "too many bytes"},
+		"too many attributes":      {ents: []ent{{name: "1", xattrs: map[string]string{"user.a": "b"}}}, limits: Limits{Metadata: 20}, want: "too many bytes"},
+		"paths of attributes":      {ents: []ent{{name: "1234567890/1", xattrs: map[string]string{"user.a": "b"}}}, limits: Limits{Metadata: 90}, want: "too many bytes"},
 		"root as a file":           {ents: []ent{{name: "./", typ: tar.TypeSymlink, link: "x"}}, want: "root of the file system"},
 		"device out of range":      {ents: []ent{{name: "d", typ: tar.TypeChar, maj: 5000}}, want: "out of range"},
 		"owner out of range":       {ents: []ent{{name: "f", uid: 1<<32 - 1}}, want: "out of range"},
@@ -89,6 +98,109 @@ func TestManyWhiteouts(t *testing.T) {
 				t.Error("the directory was gone through again")
 			}
 		})
+	}
+}
+
+// heapOf returns how much more memory is in use after fn, and keeps what fn returned.
+func heapOf(fn func() any) int64 {
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	v := fn()
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	runtime.KeepAlive(v)
+	return int64(after.HeapAlloc) - int64(before.HeapAlloc)
+}
+
+// Short names that stand in long headers keep nothing but themselves.
+func TestHeadersAreNotKept(t *testing.T) {
+	const n = 50
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	for i := range n {
+		h := &tar.Header{Name: fmt.Sprintf("é%d/ö", i), Typeflag: tar.TypeSymlink, Linkname: "ü", Mode: 0o644, Format: tar.FormatPAX,
+			PAXRecords: map[string]string{"VENDOR.comment": strings.Repeat("x", 900<<10), "SCHILY.xattr.user.a": "b"}}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, fn := range map[string]func() any{
+		"layer": func() any {
+			tr := newTree(nil, Limits{}.withDefaults())
+			if err := tr.apply(t.Context(), bytes.NewReader(layer.Bytes())); err != nil {
+				t.Fatal(err)
+			}
+			return tr
+		},
+		"archive": func() any {
+			f, err := os.Open(asFile(t, append(asTar(t, map[string][]byte{fileIndex: nil})[:512], layer.Bytes()...)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { f.Close() })
+			a, err := readArchive(t.Context(), f, &budget{1 << 20})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return a
+		},
+	} {
+		if got := heapOf(fn); got > 10<<20 {
+			t.Errorf("%s: %d MiB are held for %d entries", name, got>>20, n)
+		}
+	}
+}
+
+func TestTooMuchMetadata(t *testing.T) {
+	im := sampleImage(t, "one")
+	im.cmd = strings.Repeat("x", 5000)
+	files := dockerFiles(t, map[string]testImage{"x:1": im})
+	for limit, want := range map[int64]string{500: "too many bytes", 5100: "too many bytes", 7000: ""} {
+		s := newStore(t)
+		files[strings.Repeat("n", 600)] = nil
+		_, err := s.Load(t.Context(), Source{Path: asFile(t, asTar(t, files))}, Options{Limits: Limits{Metadata: limit}})
+		if err == nil != (want == "") || err != nil && (!errors.Is(err, ErrTooLarge) || !strings.Contains(err.Error(), want)) {
+			t.Errorf("limit %d: %v", limit, err)
+		}
+	}
+}
+
+// An archive may name one large configuration any number of times.
+func TestConfigsAreReadInTurn(t *testing.T) {
+	im := sampleImage(t, "one")
+	im.layers, im.packed, im.cmd = im.layers[:1], im.packed[:1], strings.Repeat("x", 2<<20)
+	docker, oci := dockerFiles(t, map[string]testImage{"x:1": im}), ociFiles(t, im, "x:1")
+	var list []dockerManifest
+	var idx v1.IndexManifest
+	if err := errors.Join(json.Unmarshal(docker[fileManifest], &list), json.Unmarshal(oci[fileIndex], &idx)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		list = append(list, list[0])
+		copied := im
+		copied.cmd = fmt.Sprint(im.cmd, i)
+		idx.Manifests = append(idx.Manifests, writeOCI(t, oci, copied))
+	}
+	docker[fileManifest], oci[fileIndex] = toJSON(t, list), toJSON(t, idx)
+	for name, dir := range map[string]string{"docker": asDir(t, docker), "OCI": asDir(t, oci)} {
+		if got := heapOf(func() any {
+			c, err := openDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			imgs, err := findImages(c)
+			if err != nil || len(imgs) != 51 {
+				t.Fatalf("%d images, %v", len(imgs), err)
+			}
+			return imgs
+		}); got > 20<<20 {
+			t.Errorf("%s: %d MiB are held for 51 images", name, got>>20)
+		}
 	}
 }
 

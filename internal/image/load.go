@@ -40,9 +40,15 @@ type Options struct {
 	Comment string
 }
 
-// found is an image in a source.
+// found is an image in a source: its names, and the way to the rest. What describes it is read when its turn comes, since a source
+// may name a thousand images, or one a thousand times.
 type found struct {
-	names    []string
+	names []string
+	read  func() (description, error)
+}
+
+// description is what a source says of an image.
+type description struct {
 	manifest *v1.Manifest // nil: to be made
 	rawMan   []byte
 	config   *v1.ConfigFile
@@ -74,7 +80,9 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 		return nil, err
 	}
 	defer st.close()
-	c, err := openContainer(ctx, src, st, opts.Limits.withDefaults())
+	opts.Limits = opts.Limits.withDefaults()
+	meta := &budget{opts.Limits.Metadata}
+	c, err := openContainer(ctx, src, st, opts.Limits, meta)
 	if err != nil {
 		return nil, err
 	}
@@ -85,10 +93,20 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 	}
 	entries := make([]entry, 0, len(imgs))
 	for _, im := range imgs {
-		e, err := s.loadOne(ctx, st, c, im, opts)
+		d, err := im.read()
 		if err != nil {
 			return nil, err
 		}
+		// Whoever loads gets all configurations in the end. What else one image takes is given back before the next.
+		if err := meta.take(len(d.rawConf)); err != nil {
+			return nil, err
+		}
+		opts.Limits.Metadata = max(1, meta.left)
+		e, err := s.loadOne(ctx, st, c, d, opts)
+		if err != nil {
+			return nil, err
+		}
+		e.Names = im.names
 		entries = append(entries, e)
 	}
 	return s.commitImages(ctx, st, entries)
@@ -117,11 +135,10 @@ func (s *Store) commitImages(ctx context.Context, st *stage, entries []entry) ([
 }
 
 // loadOne stages one image.
-func (s *Store) loadOne(ctx context.Context, st *stage, c container, im found, opts Options) (entry, error) {
+func (s *Store) loadOne(ctx context.Context, st *stage, c container, im description, opts Options) (entry, error) {
 	id := hashBytes(im.rawConf)
 	if old, ok := s.haveAll(st, id.String()); ok {
 		// The id is the digest of the configuration, which names every layer: there is nothing that could differ.
-		old.Names = im.names
 		return old, nil
 	}
 	diffs := im.config.RootFS.DiffIDs
@@ -156,7 +173,7 @@ func (s *Store) loadOne(ctx context.Context, st *stage, c container, im found, o
 			return entry{}, err
 		}
 	}
-	return stageMeta(st, entry{Names: im.names, Created: im.config.Created.UTC(), Size: size, Rootfs: rid, Layers: len(diffs)}, im.rawConf, rawMan)
+	return stageMeta(st, entry{Created: im.config.Created.UTC(), Size: size, Rootfs: rid, Layers: len(diffs)}, im.rawConf, rawMan)
 }
 
 // stageMeta stages configuration and manifest and completes the entry with their digests.
@@ -225,7 +242,7 @@ func makeManifest(id v1.Hash, conf []byte, layers []v1.Descriptor) ([]byte, erro
 // checkPlatform refuses an image whose programs cannot run here. One that does not say is taken at its word.
 func checkPlatform(c *v1.ConfigFile) error {
 	if c.OS != "" && c.OS != "linux" || c.Architecture != "" && c.Architecture != runtime.GOARCH {
-		return fmt.Errorf("it is for %s/%s, this host runs linux/%s; load one for this platform", c.OS, c.Architecture, runtime.GOARCH)
+		return fmt.Errorf("it is for %s, this host runs linux/%s; load one for this platform", platformName(c.OS, c.Architecture), runtime.GOARCH)
 	}
 	return nil
 }

@@ -19,6 +19,7 @@ var (
 	pathPattern = pattern(`^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*$`)
 	tagPattern  = pattern(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 	digPattern  = pattern(`^sha256:[0-9a-f]{64}$`)
+	platPattern = pattern(`^[\w./-]{1,80}$`)
 )
 
 // Name is a parsed image name.

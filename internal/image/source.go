@@ -19,7 +19,7 @@ import (
 const maxArchiveEntries = 1 << 16
 
 // openContainer finds out what a source is, and opens it.
-func openContainer(ctx context.Context, src Source, st *stage, limits Limits) (container, error) {
+func openContainer(ctx context.Context, src Source, st *stage, limits Limits, meta *budget) (container, error) {
 	if src.Path != "" {
 		fi, err := os.Stat(src.Path)
 		if err != nil {
@@ -33,7 +33,7 @@ func openContainer(ctx context.Context, src Source, st *stage, limits Limits) (c
 	if err != nil {
 		return nil, err
 	}
-	a, err := readArchive(ctx, f)
+	a, err := readArchive(ctx, f, meta)
 	if err != nil {
 		if owned {
 			f.Close()
@@ -160,7 +160,7 @@ type member struct {
 }
 
 // readArchive lists the members of a tar file.
-func readArchive(ctx context.Context, f *os.File) (*archive, error) {
+func readArchive(ctx context.Context, f *os.File, meta *budget) (*archive, error) {
 	a := &archive{f: f, members: map[string]member{}}
 	tr := tar.NewReader(f)
 	for n := 0; ; n++ {
@@ -177,7 +177,7 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 			}
 			return nil, fmt.Errorf("read tar: %w", err)
 		}
-		name := cleanMember(hdr.Name)
+		name, link := cleanMember(hdr.Name), ""
 		switch top, _, _ := strings.Cut(name, "/"); top {
 		case "bin", "etc", "usr", "sbin", "lib":
 			a.rootfs = true
@@ -189,6 +189,16 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 			return nil, fmt.Errorf("more than %d members: %w", maxArchiveEntries, ErrTooLarge)
 		}
 		switch hdr.Typeflag {
+		case tar.TypeSymlink:
+			// Old `docker save` wrote a layer that two images share once, and links to it.
+			link = cleanMember(path.Join(path.Dir(name), hdr.Linkname))
+		case tar.TypeLink:
+			link = cleanMember(hdr.Linkname)
+		}
+		if err := meta.take(len(name) + len(link)); err != nil {
+			return nil, err
+		}
+		switch hdr.Typeflag {
 		case tar.TypeReg, tar.TypeCont:
 			// The reader has taken the header and nothing more, so the file stands at the contents.
 			off, err := f.Seek(0, io.SeekCurrent)
@@ -196,11 +206,8 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 				return nil, err
 			}
 			a.members[name] = member{off: off, size: hdr.Size}
-		case tar.TypeSymlink:
-			// Old `docker save` wrote a layer that two images share once, and links to it.
-			a.members[name] = member{link: cleanMember(path.Join(path.Dir(name), hdr.Linkname))}
-		case tar.TypeLink:
-			a.members[name] = member{link: cleanMember(hdr.Linkname)}
+		case tar.TypeSymlink, tar.TypeLink:
+			a.members[name] = member{link: link}
 		}
 	}
 	if a.has(fileIndex) || a.has(fileManifest) {
@@ -213,8 +220,11 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 	return nil, fmt.Errorf("%w: the archive has neither %s nor %s%s", ErrFormat, fileIndex, fileManifest, hint)
 }
 
-// cleanMember gives a member's name the one form that it is looked up by. It is only ever a key, never a path on the host.
-func cleanMember(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
+// cleanMember gives a member's name the one form that it is looked up by, as a string of its own: what the archive says may be a
+// MiB of dots. It is only ever a key, never a path on the host.
+func cleanMember(name string) string {
+	return strings.Clone(strings.TrimPrefix(path.Clean("/"+name), "/"))
+}
 
 func (a *archive) Close() error { return a.f.Close() }
 

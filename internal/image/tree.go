@@ -21,13 +21,16 @@ type Limits struct {
 	Bytes   int64 // of unpacked layers, together
 	Entries int   // in all layers, together
 	Layers  int
+	// Metadata bounds the bytes of names, links and attributes, which are held in memory, and of configurations.
+	Metadata int64
 }
 
 // The defaults are several times what the largest images in common use need.
 const (
-	defaultBytes   = 128 << 30
-	defaultEntries = 4 << 20
-	defaultLayers  = 512
+	defaultBytes    = 128 << 30
+	defaultEntries  = 4 << 20
+	defaultLayers   = 512
+	defaultMetadata = 512 << 20
 )
 
 func (l Limits) withDefaults() Limits {
@@ -40,7 +43,20 @@ func (l Limits) withDefaults() Limits {
 	if l.Layers <= 0 {
 		l.Layers = defaultLayers
 	}
+	if l.Metadata <= 0 {
+		l.Metadata = defaultMetadata
+	}
 	return l
+}
+
+// budget is what may still be held in memory.
+type budget struct{ left int64 }
+
+func (b *budget) take(n int) error {
+	if b.left -= int64(n); b.left < 0 {
+		return fmt.Errorf("names, links, attributes and configurations of too many bytes: %w", ErrTooLarge)
+	}
+	return nil
 }
 
 const (
@@ -66,6 +82,7 @@ type tree struct {
 	layer   uint32
 	entries int
 	bytes   int64
+	meta    budget
 	files   []*erofs.Node // every node that ever had contents
 	xattrs  map[*erofs.Node][]Xattr
 
@@ -82,7 +99,7 @@ type place struct {
 }
 
 func newTree(w *erofs.Writer, limits Limits) *tree {
-	return &tree{w: w, limits: limits, root: newDir(0), xattrs: map[*erofs.Node][]Xattr{}}
+	return &tree{w: w, limits: limits, meta: budget{limits.Metadata}, root: newDir(0), xattrs: map[*erofs.Node][]Xattr{}}
 }
 
 // newDir is a directory that no layer describes: what Docker makes for a parent that is missing from an archive.
@@ -138,12 +155,16 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		}
 		return t.setAttrs(t.root, hdr)
 	}
-	base := path[len(path)-1]
+	// A clone, here and below, since what a header says is part of one string of up to a MiB that would be kept with it.
+	base := strings.Clone(path[len(path)-1])
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return t.whiteout(path[:len(path)-1], base)
 	}
 	n, err := newNode(hdr)
 	if err != nil {
+		return err
+	}
+	if err := t.meta.take(len(base) + len(n.Target)); err != nil {
 		return err
 	}
 	dir, err := t.walk(path[:len(path)-1], true)
@@ -192,7 +213,7 @@ func newNode(hdr *tar.Header) (*erofs.Node, error) {
 		if hdr.Linkname == "" || len(hdr.Linkname) > erofs.MaxTarget || strings.IndexByte(hdr.Linkname, 0) >= 0 {
 			return nil, errors.New("symbolic link with an empty or overlong target")
 		}
-		n.Mode, n.Target = erofs.TypeSymlink, hdr.Linkname
+		n.Mode, n.Target = erofs.TypeSymlink, strings.Clone(hdr.Linkname)
 	case tar.TypeChar:
 		n.Mode = erofs.TypeChar
 	case tar.TypeBlock:
@@ -232,11 +253,19 @@ func (t *tree) setAttrs(n *erofs.Node, hdr *tar.Header) error {
 		return err
 	}
 	delete(t.xattrs, n)
+	for _, x := range xs {
+		if err := t.meta.take(xattrCost + len(x.Name) + len(x.Value)); err != nil {
+			return err
+		}
+	}
 	if len(xs) > 0 {
 		t.xattrs[n] = xs
 	}
 	return nil
 }
+
+// xattrCost is what an attribute takes beside its name and value.
+const xattrCost = 64
 
 // tarXattrs reads the extended attributes of a header. Those of overlay file systems are left out: they would not describe this
 // file but change what the box's own overlay makes of it.
@@ -255,7 +284,7 @@ func tarXattrs(hdr *tar.Header) ([]Xattr, error) {
 		if size += len(name) + len(value); size > maxXattrs {
 			return nil, fmt.Errorf("more than %d bytes of extended attributes: %w", maxXattrs, ErrTooLarge)
 		}
-		xs = append(xs, Xattr{Name: name, Value: []byte(value)})
+		xs = append(xs, Xattr{Name: strings.Clone(name), Value: []byte(value)})
 	}
 	slices.SortFunc(xs, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
 	return xs, nil
@@ -327,9 +356,12 @@ func (t *tree) walk(path []string, create bool) (*erofs.Node, error) {
 			if t.entries++; t.entries > t.limits.Entries {
 				return nil, fmt.Errorf("more than %d entries: %w", t.limits.Entries, ErrTooLarge)
 			}
+			if err := t.meta.take(len(name)); err != nil {
+				return nil, err
+			}
 			n = newDir(t.layer)
 			n.ModTime = time.Time{}
-			dir.Children[name] = n
+			dir.Children[strings.Clone(name)] = n
 		}
 		if len(stack) > maxDepth {
 			return nil, fmt.Errorf("more than %d directories deep: %w", maxDepth, ErrTooLarge)
@@ -411,21 +443,23 @@ func (t *tree) hideChildren(dir *erofs.Node) {
 }
 
 // finish gives back the contents that ended up hidden and returns the tree, with what gVisor does not read of it.
-func (t *tree) finish() (*erofs.Node, []Extra) {
+func (t *tree) finish() (*erofs.Node, []Extra, error) {
 	extras := []Extra{}
-	t.mark(t.root, nil, &extras)
+	if err := t.mark(t.root, nil, &extras); err != nil {
+		return nil, nil, err
+	}
 	for _, n := range t.files {
 		if n.Tag != live {
 			t.w.Discard(n.Data)
 		}
 	}
 	t.files = nil
-	return t.root, extras
+	return t.root, extras, nil
 }
 
 // mark marks what is in the tree below a directory as live and gathers its extras. The path is one buffer for all of it: below a
 // long one, a path for each file would be more than memory holds.
-func (t *tree) mark(n *erofs.Node, path []byte, extras *[]Extra) {
+func (t *tree) mark(n *erofs.Node, path []byte, extras *[]Extra) error {
 	x := Extra{}
 	if n.Tag != live {
 		// An attribute is set on one name of a file only: the others are the same file.
@@ -440,9 +474,15 @@ func (t *tree) mark(n *erofs.Node, path []byte, extras *[]Extra) {
 		if len(path) == 0 {
 			x.Path = []byte("/")
 		}
+		if err := t.meta.take(len(x.Path)); err != nil {
+			return err
+		}
 		*extras = append(*extras, x)
 	}
 	for _, name := range sortedKeys(n.Children) {
-		t.mark(n.Children[name], append(append(path, '/'), name...), extras)
+		if err := t.mark(n.Children[name], append(append(path, '/'), name...), extras); err != nil {
+			return err
+		}
 	}
+	return nil
 }
