@@ -98,7 +98,7 @@ func readDocker(c container, m dockerManifest) (description, error) {
 	}
 	// The configuration's file is called by its digest, with or without an ending.
 	base := strings.TrimSuffix(m.Config[strings.LastIndexByte(m.Config, '/')+1:], ".json")
-	if got := hashBytes(raw).Hex; len(base) == 64 && hexPattern().MatchString(base) && base != got {
+	if got := hashBytes(raw).Hex; idPattern().MatchString(base) && base != got {
 		return description{}, fmt.Errorf("configuration %s: %w: it is sha256:%s", quoteName(m.Config), ErrDigest, got)
 	}
 	conf, err := parseConfig(raw)

@@ -73,6 +73,14 @@ func (s *Store) writeIndex(idx *index) error {
 
 // find resolves a reference within the index.
 func (idx *index) find(ref string) (*entry, error) {
+	hex := strings.TrimPrefix(ref, "sha256:")
+	if idPattern().MatchString(hex) {
+		// A whole id is never a name: whoever uses one means these contents and no others.
+		if e := idx.byID("sha256:" + hex); e != nil {
+			return e, nil
+		}
+		return nil, fmt.Errorf("%q: %w", ref, ErrNotFound)
+	}
 	name, nameErr := ParseName(ref)
 	if nameErr == nil {
 		full := name.String()
@@ -85,7 +93,6 @@ func (idx *index) find(ref string) (*entry, error) {
 			}
 		}
 	}
-	hex := strings.TrimPrefix(ref, "sha256:")
 	if hexPattern().MatchString(hex) {
 		var found *entry
 		for i := range idx.Images {
