@@ -76,6 +76,45 @@ func Replace(path string, b []byte) error {
 	return err
 }
 
+// Spare makes a file of size bytes at path, unless there is one of at least that size: room for a [ReplaceWith] to come. It may fail
+// for want of room, and leaves nothing then.
+func Spare(path string, size int) error {
+	if fi, err := os.Lstat(path); err == nil && fi.Size() >= int64(size) {
+		return nil
+	}
+	err := os.WriteFile(path, make([]byte, size), 0o600)
+	if err != nil {
+		os.Remove(path)
+	}
+	return err
+}
+
+// ReplaceWith is [Replace] for a full disk: the new contents take the room of a spare file, which becomes the one at path. Nothing
+// that fills the disk can be faster, as with room that is given up first.
+func ReplaceWith(spare, path string, b []byte) error {
+	f, err := os.OpenFile(spare, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Truncate(int64(len(b)))
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(spare, path)
+	}
+	if err == nil {
+		err = SyncDir(filepath.Dir(path))
+	}
+	return err
+}
+
 // SyncDir makes the renames in a directory last.
 func SyncDir(path string) error {
 	d, err := os.Open(path)

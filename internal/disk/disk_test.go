@@ -71,3 +71,20 @@ func TestReplace(t *testing.T) {
 		t.Errorf("no directory: %v", err)
 	}
 }
+
+func TestReplaceWith(t *testing.T) {
+	dir := t.TempDir()
+	path, spare := filepath.Join(dir, "f"), filepath.Join(dir, "spare")
+	if err := ReplaceWith(spare, path, []byte("x")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no spare: %v", err)
+	}
+	if err := errors.Join(os.WriteFile(path, []byte("old"), 0o600), Spare(spare, 4096), Spare(spare, 4096), ReplaceWith(spare, path, []byte("new"))); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != "new" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}

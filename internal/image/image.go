@@ -10,6 +10,7 @@
 // A store is a directory:
 //
 //	index.json            what images there are and what they are called; replaced whole, never changed in place
+//	index.spare           room for the next index, for when the disk is full
 //	lock                  flock(2)ed by whoever changes the index or sweeps
 //	blobs/sha256/<hex>    manifests, configurations and compressed layers, by their own digest
 //	rootfs/<id>.erofs     root file systems; the id is made of the layers, so images with the same layers share one

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/coffer-box/coffer/internal/disk"
@@ -65,10 +66,29 @@ func (s *Store) writeIndex(idx *index) error {
 	if err != nil {
 		return fmt.Errorf("write image index: %w", err)
 	}
-	if err := disk.Replace(s.path("index.json"), append(b, '\n')); err != nil {
+	b = append(b, '\n')
+	err = disk.Replace(s.path("index.json"), b)
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		// Removing images is how people make room, so that must not take any.
+		if disk.ReplaceWith(s.path("index.spare"), s.path("index.json"), b) == nil {
+			return nil
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("write image index: %w", err)
 	}
+	s.keepSpare(len(b))
 	return nil
+}
+
+// minSpare is room for the index of some hundred images.
+const minSpare = 64 << 10
+
+// keepSpare makes room for the next index, if there is any.
+func (s *Store) keepSpare(size int) {
+	if err := disk.Spare(s.path("index.spare"), max(minSpare, 2*size)); err != nil {
+		s.log.Debug("there is no room for a spare index", "error", err)
+	}
 }
 
 // find resolves a reference within the index.

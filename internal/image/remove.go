@@ -7,8 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"slices"
-	"strings"
-	"time"
 )
 
 // Removed tells what a removal did.
@@ -35,23 +33,26 @@ func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []
 		return Removed{}, err
 	}
 	var res Removed
+	_ = s.giveBack(idx, &res) // what fails here fails again below
 	if n, err := ParseName(ref); err == nil && len(e.Names) > 1 && slices.Contains(e.Names, n.String()) {
 		e.Names = slices.DeleteFunc(e.Names, func(have string) bool { return have == n.String() })
-		res.Untagged = []string{n.Short()}
-		return res, s.writeIndex(idx)
+		err := s.writeIndex(idx)
+		if err == nil {
+			res.Untagged = []string{n.Short()}
+		}
+		return res, err
 	}
 	if boxes := users(inUse, e.ID); len(boxes) > 0 {
-		return Removed{}, &InUseError{Image: ref, Boxes: boxes}
+		return res, &InUseError{Image: ref, Boxes: boxes}
 	}
-	res.Untagged, res.Deleted = shortNames(e.Names), []string{e.ID}
-	id := e.ID
+	names, id := shortNames(e.Names), e.ID
 	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool { return e.ID == id })
 	if err := s.writeIndex(idx); err != nil {
-		return Removed{}, err
+		return res, err
 	}
 	// From here on the image is gone; what cannot be deleted now goes at the next prune.
-	res.Freed, err = s.collect(idx)
-	return res, err
+	res.Untagged, res.Deleted = names, []string{id}
+	return res, s.giveBack(idx, &res)
 }
 
 // Prune removes images without a name, or with all every image, that no box was made from, and everything in the store that
@@ -67,22 +68,32 @@ func (s *Store) Prune(ctx context.Context, all bool, inUse func(id string) []str
 		return Removed{}, err
 	}
 	var res Removed
+	err = s.giveBack(idx, &res)
+	var names, ids []string
 	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool {
 		if !all && len(e.Names) > 0 || len(users(inUse, e.ID)) > 0 {
 			return false
 		}
-		res.Untagged = append(res.Untagged, shortNames(e.Names)...)
-		res.Deleted = append(res.Deleted, e.ID)
+		names, ids = append(names, shortNames(e.Names)...), append(ids, e.ID)
 		return true
 	})
-	if len(res.Deleted) > 0 {
-		if err := s.writeIndex(idx); err != nil {
-			return Removed{}, err
-		}
+	if len(ids) == 0 {
+		return res, err
 	}
-	s.sweep()
-	res.Freed, err = s.collect(idx)
-	return res, err
+	if err := s.writeIndex(idx); err != nil {
+		return res, err
+	}
+	res.Untagged, res.Deleted = names, ids
+	return res, s.giveBack(idx, &res)
+}
+
+// giveBack deletes what belongs to nobody. It comes before the index is written, too, so that there is room for that.
+func (s *Store) giveBack(idx *index, res *Removed) error {
+	res.Freed += s.sweep()
+	freed, err := s.collect(idx)
+	res.Freed += freed
+	s.keepSpare(0) // the last may be in use as the index
+	return err
 }
 
 func users(inUse func(id string) []string, id string) []string {
@@ -139,14 +150,6 @@ func (s *Store) collect(idx *index) (freed int64, err error) {
 				continue
 			}
 			freed += size
-		}
-	}
-	// An index that was never moved to its place.
-	if entries, err := os.ReadDir(s.dir); err == nil {
-		for _, de := range entries {
-			if fi, err := de.Info(); err == nil && strings.HasPrefix(de.Name(), ".index.json-") && time.Since(fi.ModTime()) > time.Minute {
-				errs = append(errs, os.Remove(s.path(de.Name())))
-			}
 		}
 	}
 	return freed, errors.Join(errs...)

@@ -45,13 +45,10 @@ func (s *Store) newStage(ctx context.Context) (*stage, error) {
 	return st, nil
 }
 
-// sweep removes what dead loads left. The caller holds the store's lock.
-func (s *Store) sweep() {
-	entries, err := os.ReadDir(s.path("tmp"))
-	if err != nil {
-		return
-	}
-	for _, e := range entries {
+// sweep removes what dead loads and writers of the index left, and tells how many bytes that were. The caller holds the store's lock.
+func (s *Store) sweep() (freed int64) {
+	loads, _ := os.ReadDir(s.path("tmp"))
+	for _, e := range loads {
 		dir := s.path("tmp", e.Name())
 		if f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0); err == nil {
 			dead, err := disk.TryLock(f)
@@ -61,10 +58,33 @@ func (s *Store) sweep() {
 			}
 		}
 		s.log.Debug("sweep an unfinished load", "dir", dir)
-		if err := os.RemoveAll(dir); err != nil {
-			s.log.Warn("an unfinished load cannot be removed", "dir", dir, "error", err)
+		freed += s.discard(dir)
+	}
+	// Nobody else writes an index now.
+	files, _ := os.ReadDir(s.dir)
+	for _, e := range files {
+		if strings.HasPrefix(e.Name(), ".index.json-") {
+			freed += s.discard(s.path(e.Name()))
 		}
 	}
+	return freed
+}
+
+// discard removes a file or directory that nobody needs. What has another name, in the store, is not counted.
+func (s *Store) discard(path string) (freed int64) {
+	_ = filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			if fi, err := d.Info(); err == nil && links(fi) == 1 {
+				freed += diskSize(fi)
+			}
+		}
+		return nil
+	})
+	if err := os.RemoveAll(path); err != nil {
+		s.log.Warn("what is left of a load cannot be removed", "path", path, "error", err)
+		return 0
+	}
+	return freed
 }
 
 // close removes the stage and whatever was not committed.

@@ -528,6 +528,28 @@ func TestRemove(t *testing.T) {
 	}
 }
 
+// What a killed load and a killed writer of the index left is given back, and counted.
+func TestPruneCounts(t *testing.T) {
+	s := newStore(t)
+	kept, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "x", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.MkdirAll(s.path("tmp", "load-dead"), 0o700), os.WriteFile(s.path("tmp", "load-dead", "part-1"), make([]byte, 1<<20), 0o600),
+		os.Link(s.RootfsPath(kept), s.path("tmp", "load-dead", "rootfs_x")), os.WriteFile(s.path(".index.json-1"), make([]byte, 64<<10), 0o600),
+		os.WriteFile(s.blobPath("sha256:00"), make([]byte, 128<<10), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	res, err := s.Prune(t.Context(), false, nil)
+	if err != nil || res.Freed < 1<<20+192<<10 || res.Freed > 1<<20+256<<10 {
+		t.Errorf("%+v, %v", res, err)
+	}
+	checkClean(t, s)
+	if exists(s.path(".index.json-1")) || exists(s.blobPath("sha256:00")) || !exists(s.RootfsPath(kept)) {
+		t.Error("the wrong files are gone")
+	}
+}
+
 func TestDamagedIndex(t *testing.T) {
 	s := newStore(t)
 	for _, text := range []string{"{", `{"version":99}`} {
