@@ -16,9 +16,28 @@ type Removed struct {
 	Freed    int64    // bytes given back on disk
 }
 
-// Remove takes a name from an image, and the image away with its last name. By id, all names go. An image for which inUse names
-// boxes stays whole and the error is an [*InUseError]; inUse may be nil.
-func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []string) (Removed, error) {
+// Needs is what boxes need of a store.
+type Needs struct {
+	Images map[string][]string // by an image's id the boxes that were made from it
+	Rootfs []string            // ids of the boxes' root file systems, which they need when their images are lost, too
+	// Unknown says that a box does not tell what it needs. No root file system is deleted then.
+	Unknown bool
+}
+
+// NeedsFunc finds out what boxes need; nil: there are none. It is called with the store locked, so that it sees every box for which
+// [Store.Confirm] has found the image.
+type NeedsFunc func(context.Context) (Needs, error)
+
+func (f NeedsFunc) ask(ctx context.Context) (Needs, error) {
+	if f == nil {
+		return Needs{}, nil
+	}
+	return f(ctx)
+}
+
+// Remove takes a name from an image, and the image away with its last name. By id, all names go. An image that boxes were made from
+// stays whole and the error is an [*InUseError].
+func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Removed, error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return Removed{}, err
@@ -32,8 +51,12 @@ func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []
 	if err != nil {
 		return Removed{}, err
 	}
+	needs, err := boxes.ask(ctx)
+	if err != nil {
+		return Removed{}, err
+	}
 	var res Removed
-	_ = s.giveBack(idx, &res) // what fails here fails again below
+	_ = s.giveBack(idx, needs, &res) // what fails here fails again below
 	if n, err := ParseName(ref); err == nil && len(e.Names) > 1 && slices.Contains(e.Names, n.String()) {
 		e.Names = slices.DeleteFunc(e.Names, func(have string) bool { return have == n.String() })
 		err := s.writeIndex(idx)
@@ -42,8 +65,8 @@ func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []
 		}
 		return res, err
 	}
-	if boxes := users(inUse, e.ID); len(boxes) > 0 {
-		return res, &InUseError{Image: ref, Boxes: boxes}
+	if used := needs.Images[e.ID]; len(used) > 0 {
+		return res, &InUseError{Image: ref, Boxes: used}
 	}
 	names, id := shortNames(e.Names), e.ID
 	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool { return e.ID == id })
@@ -52,12 +75,12 @@ func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []
 	}
 	// From here on the image is gone; what cannot be deleted now goes at the next prune.
 	res.Untagged, res.Deleted = names, []string{id}
-	return res, s.giveBack(idx, &res)
+	return res, s.giveBack(idx, needs, &res)
 }
 
 // Prune removes images without a name, or with all every image, that no box was made from, and everything in the store that
 // belongs to no image.
-func (s *Store) Prune(ctx context.Context, all bool, inUse func(id string) []string) (Removed, error) {
+func (s *Store) Prune(ctx context.Context, all bool, boxes NeedsFunc) (Removed, error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return Removed{}, err
@@ -67,11 +90,15 @@ func (s *Store) Prune(ctx context.Context, all bool, inUse func(id string) []str
 	if err != nil {
 		return Removed{}, err
 	}
+	needs, err := boxes.ask(ctx)
+	if err != nil {
+		return Removed{}, err
+	}
 	var res Removed
-	err = s.giveBack(idx, &res)
+	err = s.giveBack(idx, needs, &res)
 	var names, ids []string
 	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool {
-		if !all && len(e.Names) > 0 || len(users(inUse, e.ID)) > 0 {
+		if !all && len(e.Names) > 0 || len(needs.Images[e.ID]) > 0 {
 			return false
 		}
 		names, ids = append(names, shortNames(e.Names)...), append(ids, e.ID)
@@ -84,23 +111,34 @@ func (s *Store) Prune(ctx context.Context, all bool, inUse func(id string) []str
 		return res, err
 	}
 	res.Untagged, res.Deleted = names, ids
-	return res, s.giveBack(idx, &res)
+	return res, s.giveBack(idx, needs, &res)
 }
 
 // giveBack deletes what belongs to nobody. It comes before the index is written, too, so that there is room for that.
-func (s *Store) giveBack(idx *index, res *Removed) error {
+func (s *Store) giveBack(idx *index, needs Needs, res *Removed) error {
 	res.Freed += s.sweep()
-	freed, err := s.collect(idx)
+	freed, err := s.collect(idx, needs)
 	res.Freed += freed
 	s.keepSpare(0) // the last may be in use as the index
 	return err
 }
 
-func users(inUse func(id string) []string, id string) []string {
-	if inUse == nil {
-		return nil
+// Confirm finds out whether an image is still there, with no removal under way. Whoever has recorded a box before it asks, where the
+// removal's [NeedsFunc] looks, can rely on the answer: from then on the image stays. One that is gone is [ErrNotFound].
+func (s *Store) Confirm(ctx context.Context, img Image) error {
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return err
 	}
-	return inUse(id)
+	defer unlock()
+	idx, err := s.readIndex()
+	if err != nil {
+		return err
+	}
+	if idx.byID(img.ID) == nil || !exists(s.rootfsPath(img.RootfsID)) || !exists(s.extraPath(img.RootfsID)) {
+		return fmt.Errorf("image %s was removed meanwhile: %w", ShortID(img.ID), ErrNotFound)
+	}
+	return nil
 }
 
 func shortNames(names []string) []string {
@@ -114,10 +152,13 @@ func shortNames(names []string) []string {
 	return short
 }
 
-// collect deletes the files that no image of the index refers to. The caller holds the lock, so no load is committing; loads at
+// collect deletes the files that no image of the index refers to and no box needs. The caller holds the lock, so no load is committing; loads at
 // work have links of their own to what they share.
-func (s *Store) collect(idx *index) (freed int64, err error) {
+func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	want := map[string]bool{}
+	for _, id := range needs.Rootfs {
+		want[rootfsPlace(id)], want[extraPlace(id)] = true, true
+	}
 	for i := range idx.Images {
 		e := &idx.Images[i]
 		for _, place := range []string{blobPlace(e.ID), blobPlace(e.Manifest), rootfsPlace(e.Rootfs), extraPlace(e.Rootfs)} {
@@ -133,6 +174,9 @@ func (s *Store) collect(idx *index) (freed int64, err error) {
 	}
 	var errs []error
 	for _, d := range []string{"blobs/sha256", "rootfs"} {
+		if d == "rootfs" && needs.Unknown {
+			continue
+		}
 		entries, err := os.ReadDir(s.path(d))
 		if err != nil {
 			return freed, err

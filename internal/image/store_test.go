@@ -506,12 +506,13 @@ func TestRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	id := imgs[0].ID
-	res, err := s.Remove(t.Context(), "b:1", func(string) []string { return []string{"box"} })
+	boxes := func(context.Context) (Needs, error) { return Needs{Images: map[string][]string{id: {"box"}}}, nil }
+	res, err := s.Remove(t.Context(), "b:1", boxes)
 	if err != nil || cmp.Diff(Removed{Untagged: []string{"b:1"}}, res) != "" {
 		t.Errorf("%+v, %v", res, err)
 	}
 	var inUse *InUseError
-	if _, err := s.Remove(t.Context(), "a:1", func(string) []string { return []string{"box"} }); !errors.As(err, &inUse) || inUse.Boxes[0] != "box" {
+	if _, err := s.Remove(t.Context(), "a:1", boxes); !errors.As(err, &inUse) || inUse.Boxes[0] != "box" {
 		t.Errorf("in use: %v", err)
 	}
 	if _, err := s.Remove(t.Context(), "nosuch", nil); !errors.Is(err, ErrNotFound) {
@@ -525,6 +526,70 @@ func TestRemove(t *testing.T) {
 		if left, err := os.ReadDir(s.path(d)); err != nil || len(left) > 0 {
 			t.Errorf("left in %s: %v, %v", d, left, err)
 		}
+	}
+}
+
+// A box needs its root also when the index was lost and knows no image of it; one that does not say which it needs may need any.
+func TestRemoveKeepsRootsOfBoxes(t *testing.T) {
+	for name, needs := range map[string]func(root string) Needs{
+		"a box of a lost image":     func(root string) Needs { return Needs{Rootfs: []string{root}} },
+		"a box of a damaged record": func(string) Needs { return Needs{Unknown: true} },
+		"no box":                    func(string) Needs { return Needs{} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			lost, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, sampleImage(t, "lost"), "lost:1"))}, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Remove(s.path("index.json")); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, sampleImage(t, "other"), "other:1"))}, Options{}); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Remove(t.Context(), "other:1", func(context.Context) (Needs, error) { return needs(lost[0].RootfsID), nil }); err != nil {
+				t.Fatal(err)
+			}
+			for _, path := range []string{s.rootfsPath(lost[0].RootfsID), s.extraPath(lost[0].RootfsID)} {
+				if exists(path) != (name != "no box") {
+					t.Errorf("%s is there: %v", path, exists(path))
+				}
+			}
+		})
+	}
+	s := newStore(t)
+	failed := errors.New("no answer")
+	for _, remove := range []func(NeedsFunc) (Removed, error){
+		func(f NeedsFunc) (Removed, error) { return s.Remove(t.Context(), "x:1", f) },
+		func(f NeedsFunc) (Removed, error) { return s.Prune(t.Context(), true, f) },
+	} {
+		if _, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, sampleImage(t, "x"), "x:1"))}, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := remove(func(context.Context) (Needs, error) { return Needs{}, failed }); !errors.Is(err, failed) {
+			t.Errorf("nobody knows what boxes need: %v", err)
+		}
+		if _, err := s.Resolve(t.Context(), "x:1"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestConfirm(t *testing.T) {
+	s := newStore(t)
+	img, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "x", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Confirm(t.Context(), img); err != nil {
+		t.Errorf("it is there: %v", err)
+	}
+	if _, err := s.Remove(t.Context(), "x", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Confirm(t.Context(), img); !errors.Is(err, ErrNotFound) {
+		t.Errorf("it is gone: %v", err)
 	}
 }
 
