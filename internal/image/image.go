@@ -74,6 +74,8 @@ type Image struct {
 	Manifest string        `json:"manifest"` // digest of the manifest
 	RootfsID string        `json:"rootfs_id"`
 	Layers   int           `json:"layers"`
+	// Damaged says what is missing of an image that no box can be made from. It can be loaded again, and removed.
+	Damaged string `json:"damaged,omitempty"`
 }
 
 // ShortID returns the first 12 digits of an id, as shown to people.
@@ -166,15 +168,24 @@ func (s *Store) Resolve(ctx context.Context, ref string) (Image, error) {
 	if err := ctx.Err(); err != nil {
 		return Image{}, err
 	}
-	idx, err := s.readIndex()
-	if err != nil {
-		return Image{}, err
+	for again := false; ; again = true {
+		idx, err := s.readIndex()
+		if err != nil {
+			return Image{}, err
+		}
+		e, err := idx.find(ref)
+		if err != nil {
+			return Image{}, err
+		}
+		img, err := s.image(e)
+		if err == nil {
+			return img, nil
+		}
+		// It may have been removed between the two looks, and its name be another's by now.
+		if again || !errors.Is(err, fs.ErrNotExist) {
+			return Image{}, fmt.Errorf("image %s is damaged: %w; load it again, or remove it", ShortID(e.ID), err)
+		}
 	}
-	e, err := idx.find(ref)
-	if err != nil {
-		return Image{}, err
-	}
-	return s.image(e)
 }
 
 // List returns all images, the newest first.
@@ -183,14 +194,26 @@ func (s *Store) List(ctx context.Context) ([]Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	var now *index // as it is when something turned out to be missing
 	imgs := make([]Image, 0, len(idx.Images))
 	for i := range idx.Images {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
 		img, err := s.image(&idx.Images[i])
+		if errors.Is(err, fs.ErrNotExist) {
+			if now == nil {
+				var rerr error
+				if now, rerr = s.readIndex(); rerr != nil {
+					return nil, rerr
+				}
+			}
+			if now.byID(img.ID) == nil {
+				continue // removed meanwhile
+			}
+		}
 		if err != nil {
-			return nil, err
+			img.Damaged = err.Error()
 		}
 		imgs = append(imgs, img)
 	}
@@ -200,26 +223,24 @@ func (s *Store) List(ctx context.Context) ([]Image, error) {
 	return imgs, nil
 }
 
-// image completes an entry of the index with the configuration.
+// image completes an entry of the index with the configuration. What the index says comes with an error, too.
 func (s *Store) image(e *entry) (Image, error) {
-	b, err := readBounded(s.blobPath(e.ID), maxConfig)
-	if err != nil {
-		return Image{}, fmt.Errorf("read configuration of image %s: %w", ShortID(e.ID), err)
-	}
 	img := Image{
-		ID: e.ID, Created: e.Created, Size: e.Size, Manifest: e.Manifest, RootfsID: e.Rootfs, Layers: e.Layers,
-	}
-	if err := json.Unmarshal(b, &img.Config); err != nil {
-		return Image{}, fmt.Errorf("read configuration of image %s: %w", ShortID(e.ID), err)
-	}
-	for _, name := range e.Names {
-		n, err := ParseName(name)
-		if err != nil {
-			return Image{}, fmt.Errorf("image %s: %w", ShortID(e.ID), err)
-		}
-		img.Names = append(img.Names, n.Short())
+		ID: e.ID, Names: shortNames(e.Names), Created: e.Created, Size: e.Size, Manifest: e.Manifest, RootfsID: e.Rootfs, Layers: e.Layers,
 	}
 	slices.Sort(img.Names)
+	b, err := readBounded(s.blobPath(e.ID), maxConfig)
+	if err != nil {
+		return img, fmt.Errorf("read its configuration: %w", err)
+	}
+	if err := json.Unmarshal(b, &img.Config); err != nil {
+		return img, fmt.Errorf("read its configuration: %w", err)
+	}
+	for _, path := range []string{s.rootfsPath(e.Rootfs), s.extraPath(e.Rootfs)} {
+		if _, err := os.Lstat(path); err != nil {
+			return img, fmt.Errorf("find its root file system: %w", err)
+		}
+	}
 	return img, nil
 }
 

@@ -85,7 +85,7 @@ func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts O
 	if err != nil {
 		return Image{}, err
 	}
-	imgs, err := s.commitImages(ctx, st, []entry{e})
+	imgs, err := st.commit(ctx, []entry{e})
 	if err != nil {
 		return Image{}, err
 	}

@@ -109,29 +109,7 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 		e.Names = im.names
 		entries = append(entries, e)
 	}
-	return s.commitImages(ctx, st, entries)
-}
-
-// commitImages stores what was staged and returns it as it is then.
-func (s *Store) commitImages(ctx context.Context, st *stage, entries []entry) ([]Image, error) {
-	idx, err := st.commit(ctx, entries)
-	if err != nil {
-		return nil, err
-	}
-	imgs := make([]Image, 0, len(entries))
-	seen := map[string]bool{}
-	for _, e := range entries {
-		if seen[e.ID] {
-			continue
-		}
-		seen[e.ID] = true
-		img, err := s.image(idx.byID(e.ID))
-		if err != nil {
-			return nil, err
-		}
-		imgs = append(imgs, img)
-	}
-	return imgs, nil
+	return st.commit(ctx, entries)
 }
 
 // loadOne stages one image.
@@ -182,7 +160,8 @@ func stageMeta(st *stage, e entry, conf, man []byte) (entry, error) {
 	return e, errors.Join(st.keepBytes(conf, blobPlace(e.ID)), st.keepBytes(man, blobPlace(e.Manifest)))
 }
 
-// haveAll looks for an image that is stored whole, and shares its files with the stage.
+// haveAll looks for an image that is stored whole, and shares its files with the stage. What is small is read, so that a load mends
+// it where it is damaged.
 func (s *Store) haveAll(st *stage, id string) (entry, bool) {
 	idx, err := s.readIndex()
 	if err != nil {
@@ -190,6 +169,9 @@ func (s *Store) haveAll(st *stage, id string) (entry, bool) {
 	}
 	e := idx.byID(id)
 	if e == nil || !st.share(blobPlace(e.ID)) || !st.share(blobPlace(e.Manifest)) || !st.shareRootfs(e.Rootfs) {
+		return entry{}, false
+	}
+	if conf, err := readBounded(s.blobPath(e.ID), maxConfig); err != nil || hashBytes(conf).String() != e.ID {
 		return entry{}, false
 	}
 	m, err := s.manifest(e)
@@ -210,7 +192,12 @@ func (s *Store) manifest(e *entry) (*v1.Manifest, error) {
 		return nil, fmt.Errorf("read manifest of image %s: %w", ShortID(e.ID), err)
 	}
 	m := &v1.Manifest{}
-	if err := json.Unmarshal(b, m); err != nil {
+	if hashBytes(b).String() != e.Manifest {
+		err = ErrDigest
+	} else {
+		err = json.Unmarshal(b, m)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("read manifest of image %s: %w", ShortID(e.ID), err)
 	}
 	return m, nil

@@ -142,7 +142,7 @@ func (s *Store) Confirm(ctx context.Context, img Image) error {
 }
 
 func shortNames(names []string) []string {
-	short := make([]string, 0, len(names))
+	var short []string
 	for _, name := range names {
 		if n, err := ParseName(name); err == nil {
 			name = n.Short()
@@ -156,6 +156,7 @@ func shortNames(names []string) []string {
 // work have links of their own to what they share.
 func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	want := map[string]bool{}
+	unknown := map[string]bool{"rootfs": needs.Unknown} // directories in which anything may be needed
 	for _, id := range needs.Rootfs {
 		want[rootfsPlace(id)], want[extraPlace(id)] = true, true
 	}
@@ -166,7 +167,9 @@ func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 		}
 		m, err := s.manifest(e)
 		if err != nil {
-			return 0, fmt.Errorf("nothing was deleted: %w", err)
+			s.log.Warn("layers are kept, until the image is loaded again or removed", "reason", err)
+			unknown["blobs/sha256"] = true
+			continue
 		}
 		for _, l := range m.Layers {
 			want[blobPlace(l.Digest.String())] = true
@@ -174,7 +177,7 @@ func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	}
 	var errs []error
 	for _, d := range []string{"blobs/sha256", "rootfs"} {
-		if d == "rootfs" && needs.Unknown {
+		if unknown[d] {
 			continue
 		}
 		entries, err := os.ReadDir(s.path(d))

@@ -151,8 +151,8 @@ func (st *stage) shareRootfs(id string) bool {
 	return st.share(rootfsPlace(id)) && st.share(extraPlace(id))
 }
 
-// commit moves everything to its place and records the images, as one step for all who look.
-func (st *stage) commit(ctx context.Context, entries []entry) (*index, error) {
+// commit moves everything to its place and records the images, as one step for all who look. It returns them as they are then.
+func (st *stage) commit(ctx context.Context, entries []entry) ([]Image, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -179,7 +179,23 @@ func (st *stage) commit(ctx context.Context, entries []entry) (*index, error) {
 	for _, e := range entries {
 		idx.put(e)
 	}
-	return idx, st.s.writeIndex(idx)
+	if err := st.s.writeIndex(idx); err != nil {
+		return nil, err
+	}
+	var imgs []Image
+	seen := map[string]bool{}
+	for _, e := range entries {
+		if seen[e.ID] {
+			continue
+		}
+		seen[e.ID] = true
+		img, err := st.s.image(idx.byID(e.ID))
+		if err != nil {
+			return nil, fmt.Errorf("image %s: %w", ShortID(e.ID), err)
+		}
+		imgs = append(imgs, img)
+	}
+	return imgs, nil
 }
 
 // blobPlace and the others name places in the store.

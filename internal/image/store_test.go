@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -633,6 +634,67 @@ func TestDamagedIndex(t *testing.T) {
 	}
 }
 
+// One damaged image keeps no other from being listed, used or removed. It can be loaded again, and it can be removed.
+func TestDamagedImage(t *testing.T) {
+	for name, tc := range map[string]struct {
+		damage func(*Store, Image) error
+		unseen bool // to list and resolve
+	}{
+		"no configuration":        {func(s *Store, i Image) error { return os.Remove(s.blobPath(i.ID)) }, false},
+		"truncated configuration": {func(s *Store, i Image) error { return os.Truncate(s.blobPath(i.ID), 20) }, false},
+		"no root file system":     {func(s *Store, i Image) error { return os.Remove(s.rootfsPath(i.RootfsID)) }, false},
+		"no attributes":           {func(s *Store, i Image) error { return os.Remove(s.extraPath(i.RootfsID)) }, false},
+		"no manifest":             {func(s *Store, i Image) error { return os.Remove(s.blobPath(i.Manifest)) }, true},
+		"empty manifest":          {func(s *Store, i Image) error { return os.Truncate(s.blobPath(i.Manifest), 0) }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			bad := asDir(t, ociFiles(t, sampleImage(t, "bad"), "bad:1"))
+			load := func(path string) Image {
+				t.Helper()
+				imgs, err := s.Load(t.Context(), Source{Path: path}, Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return imgs[0]
+			}
+			img := load(bad)
+			load(asDir(t, ociFiles(t, sampleImage(t, "good"), "good:1")))
+			if err := tc.damage(s, img); err != nil {
+				t.Fatal(err)
+			}
+			list, err := s.List(t.Context())
+			if err != nil || len(list) != 2 {
+				t.Fatalf("%+v, %v", list, err)
+			}
+			for _, i := range list {
+				if (i.Damaged != "") != (i.ID == img.ID && !tc.unseen) || len(i.Names) != 1 {
+					t.Errorf("%+v", i)
+				}
+			}
+			if _, err := s.Resolve(t.Context(), "bad:1"); tc.unseen != (err == nil) || err != nil && !strings.Contains(err.Error(), "load it again") {
+				t.Errorf("resolve: %v", err)
+			}
+			if _, err := s.Remove(t.Context(), "good:1", nil); err != nil {
+				t.Error(err)
+			}
+			checkSample(t, s, load(bad), "bad")
+			if list, err := s.List(t.Context()); err != nil || len(list) != 1 || list[0].Damaged != "" {
+				t.Errorf("loaded again: %+v, %v", list, err)
+			}
+			if err := tc.damage(s, img); err != nil {
+				t.Fatal(err)
+			}
+			if res, err := s.Remove(t.Context(), "bad:1", nil); err != nil || len(res.Deleted) != 1 {
+				t.Errorf("%+v, %v", res, err)
+			}
+			if n := countFiles(s.path("blobs")) + countFiles(s.path("rootfs")); n > 0 {
+				t.Errorf("%d files are left", n)
+			}
+		})
+	}
+}
+
 // Many loads and removals at once: whoever resolves an image finds all of it.
 func TestConcurrent(t *testing.T) {
 	s := newStore(t)
@@ -673,6 +735,15 @@ func TestConcurrent(t *testing.T) {
 				}
 				if _, err := s.Prune(t.Context(), false, nil); err != nil {
 					t.Error(err)
+				}
+				for range 20 {
+					list, err := s.List(t.Context())
+					if err != nil || slices.ContainsFunc(list, func(i Image) bool { return i.Damaged != "" }) {
+						t.Errorf("list: %+v, %v", list, err)
+					}
+					if _, err := s.Resolve(t.Context(), "a:1"); err != nil && !errors.Is(err, ErrNotFound) {
+						t.Errorf("resolve: %v", err)
+					}
 				}
 			}
 		})
