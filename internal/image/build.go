@@ -121,7 +121,7 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 		plain = io.TeeReader(plain, enc)
 	}
 	diff := sha256.New()
-	ahead := newReadAhead(plain)
+	ahead := newReadAhead(ctx, plain)
 	defer ahead.close()
 	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw}
 	layer := bufio.NewReaderSize(counted, 64<<10)

@@ -106,7 +106,7 @@ func openRootfs(ctx context.Context, src Source) (io.Reader, func(), error) {
 			return nil, nil, fmt.Errorf("%w: it is neither a file nor a directory", ErrFormat)
 		}
 	}
-	return openStream(src)
+	return openStream(ctx, src)
 }
 
 // BaseName is the name of the image that comes with the program.

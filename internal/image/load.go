@@ -21,7 +21,7 @@ const (
 // Source is where an image comes from: a path, or a stream.
 type Source struct {
 	Path   string
-	Reader io.Reader // used when Path is empty; read to its end, not closed
+	Reader io.Reader // used when Path is empty; read to its end, not closed. A Read may go on after the end of the context
 }
 
 func (src Source) String() string {

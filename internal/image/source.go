@@ -45,7 +45,7 @@ func openContainer(ctx context.Context, src Source, st *stage, limits Limits, me
 
 // openArchive returns an unpacked tar file to seek in. Streams and compressed files are copied into the stage.
 func openArchive(ctx context.Context, src Source, st *stage, limits Limits) (f *os.File, owned bool, err error) {
-	in, closeIn, err := openStream(src)
+	in, closeIn, err := openStream(ctx, src)
 	if err != nil {
 		return nil, false, err
 	}
@@ -82,18 +82,23 @@ func openArchive(ctx context.Context, src Source, st *stage, limits Limits) (f *
 	return tmp, true, nil
 }
 
-// openStream opens the path, or takes the stream, of a source.
-func openStream(src Source) (io.Reader, func(), error) {
+// openStream opens the path, or takes the stream, of a source. Only a plain file is handed out as it is: a stream's position is the
+// caller's, and it may stall.
+func openStream(ctx context.Context, src Source) (io.Reader, func(), error) {
 	if src.Path == "" {
 		if src.Reader == nil {
 			return nil, nil, errors.New("no path and no stream given")
 		}
-		// Not handed out as a file even where it is one: its position is the caller's.
-		return struct{ io.Reader }{src.Reader}, func() {}, nil
+		a := newReadAhead(ctx, src.Reader)
+		return a, a.leave, nil
 	}
 	f, err := os.Open(src.Path)
 	if err != nil {
 		return nil, nil, err
+	}
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+		a := newReadAhead(ctx, f)
+		return a, func() { a.leave(); f.Close() }, nil
 	}
 	return f, func() { f.Close() }, nil
 }
