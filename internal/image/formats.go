@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 // Names in a source.
@@ -132,7 +131,7 @@ type candidate struct {
 // layoutImages lists the images of an OCI layout. What an index offers for several platforms under one name is one image: that
 // for this host.
 func layoutImages(c container, b []byte) ([]found, error) {
-	l := layoutReader{c: c, seen: map[v1.Hash]bool{}}
+	l := layoutReader{c: c, path: map[v1.Hash]bool{}}
 	if err := l.walk(b, nil, 0); err != nil {
 		return nil, err
 	}
@@ -141,6 +140,7 @@ func layoutImages(c container, b []byte) ([]found, error) {
 	}
 	var imgs []found
 	var others []string
+	var artifacts []error
 	taken := map[v1.Hash]int{}
 	for _, cand := range l.all {
 		if cand.platform != "" {
@@ -153,6 +153,10 @@ func layoutImages(c container, b []byte) ([]found, error) {
 			continue
 		}
 		d, err := l.image(cand.digest)
+		if _, ok := errors.AsType[*artifactError](err); ok {
+			artifacts = append(artifacts, err)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -162,6 +166,9 @@ func layoutImages(c container, b []byte) ([]found, error) {
 		}
 		taken[cand.digest] = len(imgs)
 		imgs = append(imgs, found{names: cand.names, read: func() (description, error) { return l.image(cand.digest) }})
+	}
+	if len(imgs) == 0 && len(others) == 0 {
+		return nil, artifacts[0]
 	}
 	if len(imgs) == 0 {
 		slices.Sort(others)
@@ -194,7 +201,8 @@ func layoutNames(ref string) ([]string, error) {
 // layoutReader goes through the indexes of a layout.
 type layoutReader struct {
 	c    container
-	seen map[v1.Hash]bool // indexes: one that holds itself is malformed, and one that is held twice adds nothing
+	path map[v1.Hash]bool // indexes on the way to the present one, which may not hold them; two may hold a third, under two names
+	read int              // manifests and indexes so far
 	all  []candidate
 }
 
@@ -221,11 +229,11 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 		return err
 	}
 	for _, d := range idx.Manifests {
-		if len(l.all)+len(l.seen) >= maxImages {
-			return fmt.Errorf("more than %d manifests: %w", maxImages, ErrTooLarge)
-		}
 		if d.Annotations[annotationProof] != "" || d.Platform != nil && d.Platform.OS == "unknown" {
 			continue
+		}
+		if l.read++; l.read > maxImages {
+			return fmt.Errorf("more than %d manifests: %w", maxImages, ErrTooLarge)
 		}
 		own := names
 		if v := d.Annotations[annotationName]; v != "" {
@@ -238,10 +246,10 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 		}
 		switch {
 		case d.MediaType.IsIndex():
-			if l.seen[d.Digest] {
-				continue
+			if l.path[d.Digest] {
+				return fmt.Errorf("index %s holds itself: %w", d.Digest, ErrFormat)
 			}
-			l.seen[d.Digest] = true
+			l.path[d.Digest] = true
 			sub, err := l.blob(d.Digest, maxManifest)
 			if err != nil {
 				return err
@@ -249,6 +257,7 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 			if err := l.walk(sub, own, depth+1); err != nil {
 				return err
 			}
+			delete(l.path, d.Digest)
 		case d.MediaType.IsImage() || d.MediaType == "":
 			cand := candidate{digest: d.Digest, names: own}
 			if p := d.Platform; p != nil && !runsHere(p) {
@@ -307,10 +316,8 @@ func parseManifest(b []byte) (*v1.Manifest, error) {
 	if m.SchemaVersion != 2 {
 		return nil, fmt.Errorf("%w: schema version %d is not supported", ErrFormat, m.SchemaVersion)
 	}
-	switch m.Config.MediaType {
-	case types.OCIConfigJSON, types.DockerConfigJSON, "":
-	default:
-		return nil, fmt.Errorf("%w: it is an artifact of type %q", ErrFormat, m.Config.MediaType)
+	if kind := artifact(m); kind != "" {
+		return nil, &artifactError{kind}
 	}
 	for _, d := range append([]v1.Descriptor{m.Config}, m.Layers...) {
 		if !digPattern().MatchString(d.Digest.String()) {
@@ -318,4 +325,33 @@ func parseManifest(b []byte) (*v1.Manifest, error) {
 		}
 	}
 	return m, nil
+}
+
+// artifactError says that a manifest describes something else than an image. Beside images, such as a signature or a list of
+// parts does no harm.
+type artifactError struct{ kind string }
+
+func (e *artifactError) Error() string {
+	return fmt.Sprintf("%v: it is an artifact of type %s", ErrFormat, quoteName(e.kind))
+}
+func (e *artifactError) Unwrap() error { return ErrFormat }
+
+// artifact returns the type of what a manifest describes, if that is no image: by its own word, its configuration, or for want of
+// any layer that could be unpacked.
+func artifact(m *v1.Manifest) string {
+	if m.ArtifactType != "" {
+		return m.ArtifactType
+	}
+	if mt := m.Config.MediaType; mt != "" && !mt.IsConfig() {
+		return string(mt)
+	}
+	for _, l := range m.Layers {
+		if l.MediaType == "" || strings.Contains(string(l.MediaType), "tar") {
+			return ""
+		}
+	}
+	if len(m.Layers) == 0 {
+		return ""
+	}
+	return string(m.Layers[0].MediaType)
 }

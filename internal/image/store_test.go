@@ -420,6 +420,82 @@ func TestMultiArch(t *testing.T) {
 	}
 }
 
+// `docker save` of two tags of one image for several platforms names one index twice.
+func TestTwoNamesOfOneIndex(t *testing.T) {
+	files := map[string][]byte{}
+	d := writeOCI(t, files, sampleImage(t, "here"))
+	d.Platform = &v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
+	sub := toJSON(t, v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{d}})
+	files[blobName(hashBytes(sub))] = sub
+	top := v1.IndexManifest{SchemaVersion: 2}
+	for _, name := range []string{"multi:1", "multi:latest"} {
+		top.Manifests = append(top.Manifests, v1.Descriptor{MediaType: types.OCIImageIndex, Digest: hashBytes(sub), Annotations: map[string]string{annotationName: name}})
+	}
+	files[fileIndex] = toJSON(t, top)
+	s := newStore(t)
+	imgs, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{})
+	if err != nil || len(imgs) != 1 || cmp.Diff([]string{"multi:1", "multi:latest"}, imgs[0].Names) != "" {
+		t.Fatalf("%+v, %v", imgs, err)
+	}
+	// Indexes that hold the next one many times over would be read without an end.
+	for range maxIndexDepth {
+		next := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+		for range 100 {
+			next.Manifests = append(next.Manifests, v1.Descriptor{MediaType: types.OCIImageIndex, Digest: hashBytes(sub)})
+		}
+		sub = toJSON(t, next)
+		files[blobName(hashBytes(sub))] = sub
+	}
+	files[fileIndex] = sub
+	if _, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{}); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("a hundred to the power of eight indexes: %v", err)
+	}
+}
+
+// What is no image keeps no image from being loaded, and is told of where there is nothing else.
+func TestArtifacts(t *testing.T) {
+	for name, change := range map[string]func(*v1.Manifest){
+		"list of parts": func(m *v1.Manifest) {
+			m.ArtifactType, m.Config.MediaType = "application/spdx+json", "application/vnd.oci.empty.v1+json"
+		},
+		"own word":              func(m *v1.Manifest) { m.ArtifactType = "application/x.own" },
+		"foreign configuration": func(m *v1.Manifest) { m.Config.MediaType = "application/vnd.cncf.helm.config.v1+json" },
+		"signature": func(m *v1.Manifest) {
+			m.Layers = m.Layers[:1]
+			m.Layers[0].MediaType = "application/vnd.dev.cosign.simplesigning.v1+json"
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			files := ociFiles(t, sampleImage(t, "one"), "one:1")
+			var idx v1.IndexManifest
+			if err := json.Unmarshal(files[fileIndex], &idx); err != nil {
+				t.Fatal(err)
+			}
+			var m v1.Manifest
+			if err := json.Unmarshal(files[blobName(idx.Manifests[0].Digest)], &m); err != nil {
+				t.Fatal(err)
+			}
+			change(&m)
+			b := toJSON(t, m)
+			files[blobName(hashBytes(b))] = b
+			other := v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: hashBytes(b), Annotations: map[string]string{annotationRef: "sha256-12.sig"}}
+			idx.Manifests = []v1.Descriptor{other, idx.Manifests[0], other}
+			files[fileIndex] = toJSON(t, idx)
+			s := newStore(t)
+			imgs, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{})
+			if err != nil || len(imgs) != 1 || len(imgs[0].Names) != 1 {
+				t.Fatalf("%+v, %v", imgs, err)
+			}
+			checkSample(t, s, imgs[0], "one")
+			idx.Manifests = []v1.Descriptor{other}
+			files[fileIndex] = toJSON(t, idx)
+			if _, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{}); !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "artifact of type") {
+				t.Errorf("nothing else: %v", err)
+			}
+		})
+	}
+}
+
 func TestImport(t *testing.T) {
 	layer := layerTar(t, ent{name: "bin/sh", mode: 0o4755, body: "sh", uid: 7}, ent{name: "l", typ: tar.TypeSymlink, link: "/etc/passwd"})
 	dir := t.TempDir()
