@@ -54,7 +54,7 @@ func (a *app) importCmd() *cobra.Command {
 	var changes []string
 	c := &cobra.Command{Use: "import [flags] PATH|- [NAME[:TAG]]", Short: "Make an image of a root file system, an archive or a directory",
 		Args: between(1, 2, "archive or directory")}
-	c.Flags().StringArrayVarP(&changes, "change", "c", nil, `set configuration as in a Dockerfile ("CMD sh", "ENV A=b")`)
+	c.Flags().StringArrayVarP(&changes, "change", "c", nil, `set configuration as in a Dockerfile ('CMD sh', 'ENV A=b C="d e"')`)
 	c.RunE = func(c *cobra.Command, args []string) error {
 		var r io.Reader
 		p, name := args[0], ""

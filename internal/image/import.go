@@ -1,10 +1,8 @@
 package image
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -145,30 +143,4 @@ func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.R
 		return Image{}, fmt.Errorf("make the image %s: %w", BaseName, err)
 	}
 	return img, nil
-}
-
-// NewConfig applies changes in the words of a Dockerfile, "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL", "STOPSIGNAL", "USER",
-// "VOLUME" and "WORKDIR", to a configuration.
-func NewConfig(changes []string) (v1.Config, error) {
-	var c v1.Config
-	for _, line := range changes {
-		if err := applyChange(&c, line); err != nil {
-			return v1.Config{}, fmt.Errorf("change %q: %w", line, err)
-		}
-	}
-	return c, nil
-}
-
-var errChange = errors.New("not understood; give a word such as CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR and its value")
-
-// words reads either a JSON list of strings or the shell form of a command.
-func words(v string) ([]string, error) {
-	if bytes.HasPrefix([]byte(v), []byte("[")) {
-		var list []string
-		if err := json.Unmarshal([]byte(v), &list); err != nil {
-			return nil, err
-		}
-		return list, nil
-	}
-	return []string{"/bin/sh", "-c", v}, nil
 }
