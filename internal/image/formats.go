@@ -107,10 +107,42 @@ func readDocker(c container, m dockerManifest) (description, error) {
 	return description{config: conf, rawConf: raw, layers: m.Layers}, nil
 }
 
-// parseConfig reads an image's configuration.
+// configFile is a configuration in which a command may be a plain string, as some builders write it.
+type configFile struct {
+	v1.ConfigFile
+	Config struct {
+		v1.Config
+		Cmd, Entrypoint stringList
+	} `json:"config"`
+}
+
+type stringList []string
+
+// UnmarshalJSON takes a list of strings, or one string for a list of one.
+func (l *stringList) UnmarshalJSON(b []byte) error {
+	if len(b) > 0 && b[0] == '"' {
+		*l = make(stringList, 1)
+		return json.Unmarshal(b, &(*l)[0])
+	}
+	return json.Unmarshal(b, (*[]string)(l))
+}
+
+// decodeConfig reads an image's configuration.
+func decodeConfig(b []byte) (v1.ConfigFile, error) {
+	var c configFile
+	if err := json.Unmarshal(b, &c); err != nil {
+		return v1.ConfigFile{}, err
+	}
+	conf := c.ConfigFile
+	conf.Config = c.Config.Config
+	conf.Config.Cmd, conf.Config.Entrypoint = c.Config.Cmd, c.Config.Entrypoint
+	return conf, nil
+}
+
+// parseConfig reads and checks an image's configuration.
 func parseConfig(b []byte) (*v1.ConfigFile, error) {
-	conf := &v1.ConfigFile{}
-	if err := json.Unmarshal(b, conf); err != nil {
+	conf, err := decodeConfig(b)
+	if err != nil {
 		return nil, fmt.Errorf("configuration: %w: %w", ErrFormat, err)
 	}
 	for _, d := range conf.RootFS.DiffIDs {
@@ -118,7 +150,7 @@ func parseConfig(b []byte) (*v1.ConfigFile, error) {
 			return nil, fmt.Errorf("configuration: %w: %s is no digest of a layer", ErrFormat, quoteName(d.String()))
 		}
 	}
-	return conf, nil
+	return &conf, nil
 }
 
 // candidate is a manifest that an index offers.

@@ -233,7 +233,7 @@ func (s *Store) image(e *entry) (Image, error) {
 	if err != nil {
 		return img, fmt.Errorf("read its configuration: %w", err)
 	}
-	if err := json.Unmarshal(b, &img.Config); err != nil {
+	if img.Config, err = decodeConfig(b); err != nil {
 		return img, fmt.Errorf("read its configuration: %w", err)
 	}
 	for _, path := range []string{s.rootfsPath(e.Rootfs), s.extraPath(e.Rootfs)} {

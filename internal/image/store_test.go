@@ -710,6 +710,41 @@ func TestDamagedIndex(t *testing.T) {
 	}
 }
 
+// Commands may be plain strings, and other fields are what they were.
+func TestPlainCommands(t *testing.T) {
+	im := sampleImage(t, "x")
+	files := dockerFiles(t, map[string]testImage{"x:1": im})
+	conf := bytes.Replace(toJSON(t, im.config()), []byte(`"Cmd":["x"]`), []byte(`"Cmd":"a \u00e9","Entrypoint":"/bin/x","Env":["A=1"],"StopSignal":"SIGRTMIN+3"`), 1)
+	delete(files, hashBytes(toJSON(t, im.config())).Hex+".json")
+	files["config.json"] = conf
+	var list []dockerManifest
+	if err := json.Unmarshal(files[fileManifest], &list); err != nil {
+		t.Fatal(err)
+	}
+	list[0].Config = "config.json"
+	files[fileManifest] = toJSON(t, list)
+	s := newStore(t)
+	imgs, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := v1.Config{Cmd: []string{"a é"}, Entrypoint: []string{"/bin/x"}, Env: []string{"A=1"}, StopSignal: "SIGRTMIN+3"}
+	if diff := cmp.Diff(want, imgs[0].Config.Config); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff(im.config().RootFS, imgs[0].Config.RootFS); diff != "" {
+		t.Error(diff)
+	}
+	for _, bad := range []string{`{"config":{"Cmd":1}}`, `{"config":{"Entrypoint":{}}}`, `{"config":{"Cmd":[1]}}`} {
+		if _, err := parseConfig([]byte(bad)); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	if c, err := parseConfig([]byte(`{"config":{"Cmd":null,"Entrypoint":[]},"architecture":"x"}`)); err != nil || len(c.Config.Cmd)+len(c.Config.Entrypoint) != 0 || c.Architecture != "x" {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
+
 // One damaged image keeps no other from being listed, used or removed. It can be loaded again, and it can be removed.
 func TestDamagedImage(t *testing.T) {
 	for name, tc := range map[string]struct {
