@@ -101,7 +101,8 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	if err != nil {
 		return err
 	}
-	recompress := kind == "" && want.desc.Digest == v1.Hash{}
+	// Without a digest to keep, the copy is made small, and into what a manifest has a name for.
+	recompress := kind != "gzip" && kind != "zstd" && want.desc.Digest == v1.Hash{}
 	var packed io.Reader = in
 	if !recompress {
 		packed = io.TeeReader(in, out)
@@ -113,7 +114,6 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	defer closePlain()
 	var enc *zstd.Encoder
 	if recompress {
-		// Archives that carry layers unpacked give no digest to keep, so the copy may as well be small.
 		if enc, err = zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedFastest)); err != nil {
 			return err
 		}

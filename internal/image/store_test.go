@@ -2,6 +2,7 @@ package image
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
@@ -16,12 +17,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) {
@@ -538,6 +541,79 @@ func TestImport(t *testing.T) {
 	}
 	if _, err := s.Import(t.Context(), Source{Reader: strings.NewReader("")}, "x", Options{}); !errors.Is(err, ErrFormat) {
 		t.Errorf("nothing is imported: %v", err)
+	}
+}
+
+// The layer of a directory depends on what is in it and on nothing else, and names may be any bytes.
+func TestImportDirectory(t *testing.T) {
+	var ids []string
+	var imgs []Image
+	s := newStore(t)
+	for range 2 {
+		dir := t.TempDir()
+		sub := filepath.Join(dir, "\xff\xfe dir")
+		if err := errors.Join(os.Mkdir(sub, 0o755), os.WriteFile(filepath.Join(sub, "\xc0"), []byte("x"), 0o644),
+			os.Symlink("\xc1", filepath.Join(sub, "z")), os.Link(filepath.Join(sub, "\xc0"), filepath.Join(sub, "a"))); err != nil {
+			t.Fatal(err)
+		}
+		old := time.Unix(1e9, 5)
+		for _, p := range []string{filepath.Join(sub, "\xc0"), sub, dir} {
+			// Each tree has a time of access of its own; the time of change is the present one.
+			if err := os.Chtimes(p, time.Unix(1e9+int64(len(ids)), 0), old); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := unix.Lutimes(filepath.Join(sub, "z"), []unix.Timeval{{Sec: 1e9 + int64(len(ids))}, {Sec: 1e9}}); err != nil {
+			t.Fatal(err)
+		}
+		img, err := s.Import(t.Context(), Source{Path: dir}, "x", Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids, imgs = append(ids, img.RootfsID), append(imgs, img)
+	}
+	if ids[0] != ids[1] {
+		t.Errorf("one tree gave two root file systems: %v", ids)
+	}
+	files := readGvisor(t, s.RootfsPath(imgs[0]))
+	if f := files["\xff\xfe dir/\xc0"]; f.Size != 1 || f.Nlink != 2 || f.Mtime != 1e9 || files["\xff\xfe dir/z"].Target != "\xc1" {
+		t.Errorf("%+v", files)
+	}
+}
+
+// What a layer is stored as is what its manifest says, however it came.
+func TestImportCompressions(t *testing.T) {
+	layer := layerTar(t, ent{name: "a", body: "x"})
+	packed := map[string][]byte{"": layer, "gzip": gz(layer), "zstd": zst(layer)}
+	if bin, err := exec.LookPath("bzip2"); err != nil {
+		t.Log("bzip2 is not installed: what it makes is not imported")
+	} else {
+		c := exec.Command(bin, "-c")
+		c.Stdin = bytes.NewReader(layer)
+		if packed["bzip2"], err = c.Output(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for kind, b := range packed {
+		s := newStore(t)
+		img, err := s.Import(t.Context(), Source{Path: asFile(t, b)}, "x", Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := s.manifest(&entry{ID: img.ID, Manifest: img.Manifest})
+		if err != nil {
+			t.Fatal(err)
+		}
+		desc := m.Layers[0]
+		blob := mustRead(t, s.blobPath(desc.Digest.String()))
+		got, err := compressionOf(bufio.NewReader(bytes.NewReader(blob)))
+		want := map[types.MediaType]string{types.OCILayer: "gzip", types.OCILayerZStd: "zstd"}[desc.MediaType]
+		if err != nil || got != want || hashBytes(blob) != desc.Digest || int64(len(blob)) != desc.Size {
+			t.Errorf("%q: a blob of %q is stored as %s, %v", kind, got, desc.MediaType, err)
+		}
+		if kind == "gzip" && !bytes.Equal(blob, b) {
+			t.Error("a layer that could be kept was packed anew")
+		}
 	}
 }
 
