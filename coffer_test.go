@@ -112,6 +112,57 @@ func TestConcurrentUse(t *testing.T) {
 	wg.Wait()
 }
 
+// TestCreateOrRemoveImage: a box is made of an image, or the image is removed, and never both.
+func TestCreateOrRemoveImage(t *testing.T) {
+	rt := runtime(t)
+	rootfs := t.TempDir()
+	if err := os.WriteFile(filepath.Join(rootfs, "init"), nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	made, removed := 0, 0
+	for range 25 {
+		img, err := rt.ImportImage(t.Context(), rootfs, nil, "raced", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		var boxes [3]*coffer.Box
+		for i := range boxes {
+			wg.Go(func() {
+				var err error
+				if boxes[i], err = rt.Create(t.Context(), coffer.Spec{Image: "raced", Cmd: []string{"/init"}}); err != nil && !errors.Is(err, coffer.ErrImageNotFound) {
+					t.Errorf("create: %v", err)
+				}
+			})
+		}
+		wg.Go(func() { _, _ = rt.RemoveImage(t.Context(), img.ID) }) // refused where a box was faster
+		wg.Wait()
+		root := filepath.Join(rt.Home(), "images", "rootfs", img.RootfsID+".erofs")
+		_, gone := os.Stat(root)
+		for _, b := range boxes {
+			if b == nil {
+				continue
+			}
+			made++
+			if gone != nil {
+				t.Errorf("a box was made, and its root file system is gone: %v", gone)
+			}
+			if err := b.Remove(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+		if gone != nil {
+			removed++
+		} else if _, err := rt.RemoveImage(t.Context(), img.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Logf("%d boxes were made, and the image was removed %d times", made, removed)
+	if infos, err := rt.List(t.Context()); err != nil || len(infos) > 0 {
+		t.Errorf("left: %v, %v", infos, err)
+	}
+}
+
 // TestErrors: what callers tell apart.
 func TestErrors(t *testing.T) {
 	rt := runtime(t)

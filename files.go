@@ -283,43 +283,34 @@ type RemovedImages = image.Removed
 
 // RemoveImage removes a name of an image, and with the last one the image. Images that boxes were made from are kept.
 func (r *Runtime) RemoveImage(ctx context.Context, ref string) (RemovedImages, error) {
-	used, err := r.imageUsers(ctx)
-	if err != nil {
-		return RemovedImages{}, err
-	}
-	return r.images.Remove(ctx, ref, used)
+	return r.images.Remove(ctx, ref, r.imageNeeds)
 }
 
 // PruneImages removes images without a name, or with all every image that no box was made from.
 func (r *Runtime) PruneImages(ctx context.Context, all bool) (RemovedImages, error) {
-	used, err := r.imageUsers(ctx)
-	if err != nil {
-		return RemovedImages{}, err
-	}
-	return r.images.Prune(ctx, all, used)
+	return r.images.Prune(ctx, all, r.imageNeeds)
 }
 
-func (r *Runtime) imageUsers(ctx context.Context) (func(string) []string, error) {
+// imageNeeds tells the image store what the boxes need of it.
+func (r *Runtime) imageNeeds(ctx context.Context) (image.Needs, error) {
 	boxes, err := r.db.List(ctx)
 	if err != nil {
-		return nil, err
+		return image.Needs{}, err
 	}
-	return func(id string) []string {
-		var out []string
-		for _, b := range boxes {
-			if b.Spec.ImageID == id {
-				out = append(out, b.Name)
-			}
+	needs := image.Needs{Images: map[string][]string{}}
+	for _, b := range boxes {
+		if b.Spec.RootfsID == "" {
+			needs.Unknown = true // its record is damaged
+			continue
 		}
-		return out
-	}, nil
+		needs.Images[b.Spec.ImageID] = append(needs.Images[b.Spec.ImageID], b.Name)
+		needs.Rootfs = append(needs.Rootfs, b.Spec.RootfsID)
+	}
+	return needs, nil
 }
 
 // BaseImage is the name of the image that is part of the coffer program.
-const BaseImage = "base"
-
-// InstallBaseArg is the hidden command with which the helper puts its embedded image into a home.
-const InstallBaseArg = "_base"
+const BaseImage = image.BaseName
 
 func (r *Runtime) resolveImage(ctx context.Context, ref string) (Image, error) {
 	if ref == "" {
@@ -354,7 +345,7 @@ func (r *Runtime) ensureBase(ctx context.Context) error {
 			return nil
 		}
 	}
-	cmd := exec.CommandContext(ctx, helper, InstallBaseArg, r.home.Root)
+	cmd := exec.CommandContext(ctx, helper, image.InstallBaseArg, r.home.Root)
 	var msg strings.Builder
 	cmd.Stderr = &msg
 	if err := cmd.Run(); err != nil {

@@ -131,6 +131,10 @@ func (r *Runtime) Create(ctx context.Context, s Spec) (*Box, error) {
 		_ = os.RemoveAll(files.Dir)
 		return nil, err
 	}
+	// The image may have been removed since it was looked up. From here on, a removal sees the box.
+	if err := r.images.Confirm(ctx, img); err != nil {
+		return nil, errors.Join(fmt.Errorf("create box: %w", err), r.keeper.Discard(context.WithoutCancel(ctx), rec, true))
+	}
 	if err := r.makeFiles(rec); err != nil {
 		return nil, errors.Join(fmt.Errorf("create box: %w", err), r.keeper.Discard(context.WithoutCancel(ctx), rec, true))
 	}

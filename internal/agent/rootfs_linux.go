@@ -107,10 +107,10 @@ func (b *boxRoot) prepare(s wire.Setup) error {
 		b.warn("write "+f.Path, b.writeFile(f))
 	}
 	for _, d := range s.Devices {
-		b.warn("make "+d.Path, b.imageDevice(d))
+		b.warn("make "+string(d.Path), b.imageDevice(d))
 	}
 	for _, x := range s.Xattrs {
-		b.warn("set "+x.Name+" of "+x.Path, b.setXattr(x))
+		b.warn("set "+x.Name+" of "+string(x.Path), b.setXattr(x))
 	}
 	return nil
 }
@@ -131,26 +131,46 @@ func (b *boxRoot) writeFile(f wire.SetupFile) error {
 	return os.WriteFile(p, f.Data, mode)
 }
 
-// imageDevice makes a device that gVisor does not see in the image: to its overlay one without a number is a deleted file.
+// imageDevice makes a device of the image. gVisor shows none with its number: a character device without one is a deleted file to its
+// overlay, and a block device is there, and is none.
 func (b *boxRoot) imageDevice(d wire.SetupDevice) error {
-	dir, err := b.resolve(filepath.Dir(d.Path))
+	p, err := b.file(d.Path)
 	if err != nil {
 		return err
 	}
-	p := filepath.Join(dir, filepath.Base(d.Path))
-	if err := unix.Mknod(p, d.Mode, int(unix.Mkdev(d.Major, d.Minor))); err != nil && !errors.Is(err, unix.EEXIST) {
+	dev := int(unix.Mkdev(d.Major, d.Minor))
+	err = unix.Mknod(p, d.Mode, dev)
+	if errors.Is(err, unix.EEXIST) {
+		var st unix.Stat_t
+		if err := unix.Lstat(p, &st); err != nil || st.Mode&unix.S_IFMT != d.Mode&unix.S_IFMT {
+			return err // what is there is no device of this kind, so it is not the image's
+		}
+		if err := unix.Unlink(p); err != nil {
+			return err
+		}
+		err = unix.Mknod(p, d.Mode, dev)
+	}
+	if err != nil {
 		return err
 	}
 	return errors.Join(os.Lchown(p, int(d.UID), int(d.GID)), unix.Chmod(p, d.Mode&0o7777))
 }
 
-// setXattr follows links on the way to the file, and not the file itself.
 func (b *boxRoot) setXattr(x wire.SetupXattr) error {
-	dir, err := b.resolve(filepath.Dir(x.Path))
+	p, err := b.file(x.Path)
 	if err != nil {
 		return err
 	}
-	return unix.Lsetxattr(filepath.Join(dir, filepath.Base(x.Path)), x.Name, x.Value, 0)
+	return unix.Lsetxattr(p, x.Name, x.Value, 0)
+}
+
+// file finds a file of the image. Links on the way to it are followed, and it itself is not.
+func (b *boxRoot) file(path []byte) (string, error) {
+	dir, err := b.resolve(filepath.Dir(string(path)))
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, filepath.Base(string(path))), nil
 }
 
 // seal mounts the root again, read-only. A remount would do where the kernel has it; a user-space kernel may not.

@@ -26,11 +26,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"time"
 
 	"github.com/klauspost/compress/zstd"
-	"golang.org/x/sys/unix"
 
+	"github.com/coffer-box/coffer/internal/disk"
 	"github.com/coffer-box/coffer/internal/erofs"
 )
 
@@ -72,7 +71,6 @@ type Set struct {
 
 	BaseDigest string // "sha256:…" of the archive of the image `base`
 	src        fs.FS
-	base       File
 }
 
 // Version returns the version of the embedded parts, and [ErrMissing] where there are none. It touches no disk.
@@ -127,7 +125,6 @@ func ensure(ctx context.Context, src fs.FS, home string) (Set, error) {
 		Scaffold:   filepath.Join(dir, fileScaffold),
 		BaseDigest: "sha256:" + m.Files[FileBase].SHA256,
 		src:        src,
-		base:       m.Files[FileBase],
 	}
 	if set.whole(m) {
 		return set, nil
@@ -159,9 +156,9 @@ func (s Set) takeOut(ctx context.Context, m Manifest, parent string) error {
 	if err := os.MkdirAll(parent, 0o755); err != nil {
 		return err
 	}
-	unlock, err := lock(ctx, filepath.Join(parent, "lock"))
+	unlock, err := disk.Lock(ctx, filepath.Join(parent, "lock"))
 	if err != nil {
-		return err
+		return fmt.Errorf("wait for another process that takes them out: %w", err)
 	}
 	defer unlock()
 	if s.whole(m) {
@@ -190,7 +187,7 @@ func (s Set) takeOut(ctx context.Context, m Manifest, parent string) error {
 	if err := writeScaffold(ctx, filepath.Join(tmp, FileAgent), filepath.Join(tmp, fileScaffold)); err != nil {
 		return fmt.Errorf("%s: %w", fileScaffold, err)
 	}
-	if err := syncDir(tmp); err != nil {
+	if err := disk.SyncDir(tmp); err != nil {
 		return err
 	}
 	dir := filepath.Dir(s.Sentry)
@@ -214,7 +211,7 @@ func (s Set) takeOut(ctx context.Context, m Manifest, parent string) error {
 	if err := os.Rename(tmp, dir); err != nil {
 		return err
 	}
-	return syncDir(parent)
+	return disk.SyncDir(parent)
 }
 
 // scaffoldDirs are where the agent mounts things before the box's own root is there.
@@ -236,7 +233,7 @@ func writeScaffold(ctx context.Context, agent, path string) error {
 		return err
 	}
 	defer out.Close()
-	w := erofs.NewWriter(out, erofs.Options{})
+	w := erofs.NewWriter(out)
 	data, err := w.Append(ctx, in, fi.Size())
 	if err != nil {
 		return err
@@ -280,36 +277,4 @@ func openPacked(src fs.FS, name string) (io.ReadCloser, error) {
 		return nil, err
 	}
 	return packedFile{z, f}, nil
-}
-
-func lock(ctx context.Context, path string) (func(), error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, err
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("wait for another process that takes them out: %w", ctx.Err())
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -54,7 +54,7 @@ func (a *app) importCmd() *cobra.Command {
 	var changes []string
 	c := &cobra.Command{Use: "import [flags] PATH|- [NAME[:TAG]]", Short: "Make an image of a root file system, an archive or a directory",
 		Args: between(1, 2, "archive or directory")}
-	c.Flags().StringArrayVarP(&changes, "change", "c", nil, `set configuration as in a Dockerfile ("CMD sh", "ENV A=b")`)
+	c.Flags().StringArrayVarP(&changes, "change", "c", nil, `set configuration as in a Dockerfile ('CMD sh', 'ENV A=b C="d e"')`)
 	c.RunE = func(c *cobra.Command, args []string) error {
 		var r io.Reader
 		p, name := args[0], ""
@@ -78,7 +78,8 @@ func (a *app) importCmd() *cobra.Command {
 func (a *app) imagesCmd() *cobra.Command {
 	var quiet bool
 	var f format
-	c := &cobra.Command{Use: "images [flags]", Short: "List images", Args: noArgs()}
+	c := &cobra.Command{Use: "images [flags]", Short: "List images", Args: noArgs(),
+		Long: "List images. One that has lost files is shown as damaged in the place of its size: load it again, or remove it."}
 	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "show ids only")
 	f.add(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
@@ -102,7 +103,12 @@ func (a *app) imagesCmd() *cobra.Command {
 				}},
 				{"IMAGE ID", func(i coffer.Image) string { return shortID(i.ID) }},
 				{"CREATED", func(i coffer.Image) string { return ago(i.Created) }},
-				{"SIZE", func(i coffer.Image) string { return units.HumanSize(float64(i.Size)) }},
+				{"SIZE", func(i coffer.Image) string {
+					if i.Damaged != "" {
+						return "damaged"
+					}
+					return units.HumanSize(float64(i.Size))
+				}},
 			})
 		})
 	}

@@ -8,7 +8,8 @@
 // File contents are streamed to their place before the tree is known in full: a [Writer] takes data first, in any number of
 // extents, and the tree of [Node] values last. Contents that nobody refers to in the end are given back as holes.
 //
-// The package reads no images, knows nothing of tar or layers, and compresses nothing.
+// The package reads no images, knows nothing of tar or layers, and compresses nothing. It stores no extended attributes: gVisor's
+// reader refuses every inode that has any.
 package erofs
 
 import (
@@ -23,8 +24,6 @@ const BlockSize = 4096
 const (
 	MaxName   = 255  // bytes in one name
 	MaxTarget = 4095 // bytes in a symbolic link
-	// MaxXattrs bounds the encoded extended attributes of one inode; the format counts them in 16 bits of 4 bytes each.
-	MaxXattrs = 4 * 65534
 )
 
 // File types, as in the upper bits of a Unix mode.
@@ -45,12 +44,6 @@ type Extent struct {
 	Size  int64  // bytes
 }
 
-// Xattr is one extended attribute.
-type Xattr struct {
-	Name  string
-	Value []byte
-}
-
 // Node is one inode. A node that is a child under several names, or of several directories, is a hard link; directories must
 // have one name only.
 type Node struct {
@@ -59,9 +52,8 @@ type Node struct {
 	ModTime  time.Time // times before 1970 are stored as 1970
 	Major    uint32    // of a device
 	Minor    uint32
-	Target   string // of a symbolic link
-	Data     Extent // of a regular file
-	Xattrs   []Xattr
+	Target   string           // of a symbolic link
+	Data     Extent           // of a regular file
 	Children map[string]*Node // of a directory
 	Tag      uint32           // the caller's own; not stored
 

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"math"
-	"slices"
-	"sort"
 	"strings"
 )
 
@@ -92,12 +90,8 @@ func (w *Writer) layout(ctx context.Context, root *Node) (*placed, error) {
 	// The first slots stay empty: number 0 would be an inode number that some programs take for "deleted".
 	off := int64(2 * slotSize)
 	for _, n := range l.nodes {
-		x, err := w.xattrSize(n)
-		if err != nil {
-			return nil, err
-		}
 		size, tail := n.ownData()
-		need := int64(inodeSize + x)
+		need := int64(inodeSize)
 		whole := size / BlockSize
 		if tail > 0 {
 			if need+int64(tail) <= BlockSize {
@@ -219,7 +213,7 @@ func (w *Writer) writeInodes(ctx context.Context, l *placed) error {
 		if err := w.write(zeros[:at-pos]); err != nil {
 			return err
 		}
-		b = w.inode(n, b[:0])
+		b = n.inode(b[:0])
 		if err := w.write(b); err != nil {
 			return err
 		}
@@ -228,8 +222,8 @@ func (w *Writer) writeInodes(ctx context.Context, l *placed) error {
 	return nil
 }
 
-// inode encodes one inode, its attributes and its inline data.
-func (w *Writer) inode(n *Node, b []byte) []byte {
+// inode encodes one inode and its inline data.
+func (n *Node) inode(b []byte) []byte {
 	le := binary.LittleEndian
 	size, tail := n.ownData()
 	where, layout := n.block, uint16(layoutPlain)
@@ -243,19 +237,12 @@ func (w *Writer) inode(n *Node, b []byte) []byte {
 			layout = layoutInline
 		}
 	}
-	var xattrs []byte
-	icount := 0
-	if w.opts.Xattrs && len(n.Xattrs) > 0 {
-		if xattrs = encodeXattrs(n.Xattrs); len(xattrs) > 0 {
-			icount = (len(xattrs)-xattrHeader)/4 + 1
-		}
-	}
 	sec, nsec := n.ModTime.Unix(), n.ModTime.Nanosecond()
 	if n.ModTime.IsZero() || sec < 0 {
 		sec, nsec = 0, 0
 	}
 	b = le.AppendUint16(b, formatExtended|layout)
-	b = le.AppendUint16(b, uint16(icount))
+	b = le.AppendUint16(b, 0) // no attributes
 	b = le.AppendUint16(b, n.Mode)
 	b = le.AppendUint16(b, 0)
 	b = le.AppendUint64(b, uint64(size))
@@ -267,7 +254,6 @@ func (w *Writer) inode(n *Node, b []byte) []byte {
 	b = le.AppendUint32(b, uint32(nsec))
 	b = le.AppendUint32(b, n.nlink)
 	b = append(b, zeros[:16]...)
-	b = append(b, xattrs...)
 	if layout == layoutInline {
 		if n.IsDir() {
 			b = n.dir.block(n, len(n.dir.cuts)-1, b)
@@ -294,58 +280,4 @@ func (w *Writer) superblock(l *placed, uuid [16]byte) []byte {
 	// The checksum covers the rest of the block and is stored without the final inversion that Go's crc32 applies.
 	le.PutUint32(s[4:], ^crc32.Checksum(s, crc32.MakeTable(crc32.Castagnoli)))
 	return b
-}
-
-// xattrHeader is the size of what precedes an inode's attributes.
-const xattrHeader = 12
-
-// prefixes are the name spaces that the format knows, longest first where one begins another.
-var prefixes = []struct {
-	name  string
-	index byte
-}{
-	{"system.posix_acl_access", 2},
-	{"system.posix_acl_default", 3},
-	{"trusted.", 4},
-	{"security.", 6},
-	{"user.", 1},
-}
-
-// encodeXattrs returns the attributes as they follow the inode. Those in a name space that the format does not know are left out.
-func encodeXattrs(xs []Xattr) []byte {
-	xs = slices.Clone(xs)
-	sort.Slice(xs, func(i, j int) bool { return xs[i].Name < xs[j].Name })
-	b := make([]byte, xattrHeader)
-	for _, x := range xs {
-		for _, p := range prefixes {
-			rest, ok := strings.CutPrefix(x.Name, p.name)
-			if !ok || len(rest) > 255 || len(x.Value) > math.MaxUint16 {
-				continue
-			}
-			b = append(b, byte(len(rest)), p.index)
-			b = binary.LittleEndian.AppendUint16(b, uint16(len(x.Value)))
-			b = append(b, rest...)
-			b = append(b, x.Value...)
-			for len(b)%4 != 0 {
-				b = append(b, 0)
-			}
-			break
-		}
-	}
-	if len(b) == xattrHeader {
-		return nil
-	}
-	return b
-}
-
-// xattrSize is the room that a node's attributes take.
-func (w *Writer) xattrSize(n *Node) (int, error) {
-	if !w.opts.Xattrs || len(n.Xattrs) == 0 {
-		return 0, nil
-	}
-	size := len(encodeXattrs(n.Xattrs))
-	if size > MaxXattrs {
-		return 0, fmt.Errorf("extended attributes of %d bytes are more than an inode holds", size)
-	}
-	return size, nil
 }

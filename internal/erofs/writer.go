@@ -13,17 +13,9 @@ import (
 // bufferSize is how much file data is gathered before it is written. A multiple of BlockSize.
 const bufferSize = 1 << 20
 
-// Options are the choices of one image.
-type Options struct {
-	// Xattrs stores extended attributes in the image. gVisor's reader refuses every inode that has any, so an image meant for
-	// it must be written without them.
-	Xattrs bool
-}
-
 // Writer makes one image in a file that is empty when it begins. Not safe for concurrent use.
 type Writer struct {
-	f    *os.File
-	opts Options
+	f *os.File
 
 	buf  []byte // data not yet written
 	off  int64  // where buf begins in the file; always on a block boundary
@@ -32,9 +24,9 @@ type Writer struct {
 }
 
 // NewWriter starts an image in f, which must be empty. The caller keeps f: it syncs and closes it after [Writer.Finish].
-func NewWriter(f *os.File, opts Options) *Writer {
+func NewWriter(f *os.File) *Writer {
 	// Block 0 is the superblock's and is written last, so that a file which was cut short is no image.
-	return &Writer{f: f, opts: opts, buf: make([]byte, 0, bufferSize), off: BlockSize}
+	return &Writer{f: f, buf: make([]byte, 0, bufferSize), off: BlockSize}
 }
 
 // Append copies exactly size bytes of r into the image.

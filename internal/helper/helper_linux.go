@@ -20,9 +20,6 @@ import (
 	"github.com/coffer-box/coffer/internal/supervise"
 )
 
-// BaseArg is the hidden command that installs the embedded image into a home.
-const BaseArg = "_base"
-
 // Run runs the hidden command that the arguments name, if they name one, and returns its exit code. It must be called first of
 // all, on the main goroutine, whose thread it keeps: supervision follows that thread's life.
 func Run(args []string) (code int, mine bool) {
@@ -40,7 +37,7 @@ func Run(args []string) (code int, mine bool) {
 			return 125, true
 		}
 		return shim.Main(a, []engine.Engine{gvisor.Engine{}}), true
-	case args[1] == BaseArg && len(args) == 3:
+	case args[1] == image.InstallBaseArg && len(args) == 3:
 		if err := installBase(context.Background(), args[2]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1, true

@@ -23,7 +23,7 @@ import (
 )
 
 // rootfsFormat is part of every root file system's id; raise it when the same layers begin to give another image file.
-const rootfsFormat = "coffer rootfs 1"
+const rootfsFormat = "coffer rootfs 3"
 
 // maxWindow bounds what a zstd stream may make the decoder allocate.
 const maxWindow = 128 << 20
@@ -42,7 +42,6 @@ func rootfsID(diffIDs []v1.Hash) string {
 type builder struct {
 	st     *stage
 	limits Limits
-	report func(layer int, bytes int64)
 	raw    int64 // unpacked bytes so far
 
 	f *os.File // image being written; nil when the root file system is there already
@@ -54,10 +53,7 @@ type builder struct {
 
 // newBuilder starts an image. With knownRootfs the layers are only verified and kept.
 func newBuilder(st *stage, opts Options, knownRootfs bool) (*builder, error) {
-	b := &builder{st: st, limits: opts.Limits.withDefaults(), report: func(int, int64) {}}
-	if opts.Progress != nil {
-		b.report = func(layer int, bytes int64) { opts.Progress(Progress{Layer: layer + 1, Bytes: bytes}) }
-	}
+	b := &builder{st: st, limits: opts.Limits.withDefaults()}
 	if knownRootfs {
 		return b, nil
 	}
@@ -66,7 +62,7 @@ func newBuilder(st *stage, opts Options, knownRootfs bool) (*builder, error) {
 		return nil, err
 	}
 	b.f = f
-	b.t = newTree(erofs.NewWriter(f, erofs.Options{}), b.limits)
+	b.t = newTree(erofs.NewWriter(f), b.limits)
 	return b, nil
 }
 
@@ -85,13 +81,12 @@ type layerSpec struct {
 
 // add takes the next layer from src.
 func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err error) {
-	n := len(b.diffs)
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("layer %d: %w", n+1, err)
+			err = fmt.Errorf("layer %d: %w", len(b.diffs)+1, err)
 		}
 	}()
-	if n >= b.limits.Layers {
+	if len(b.diffs) >= b.limits.Layers {
 		return fmt.Errorf("more than %d layers: %w", b.limits.Layers, ErrTooLarge)
 	}
 	blob, err := b.st.temp()
@@ -106,7 +101,8 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	if err != nil {
 		return err
 	}
-	recompress := kind == "" && want.desc.Digest == v1.Hash{}
+	// Without a digest to keep, the copy is made small, and into what a manifest has a name for.
+	recompress := kind != "gzip" && kind != "zstd" && want.desc.Digest == v1.Hash{}
 	var packed io.Reader = in
 	if !recompress {
 		packed = io.TeeReader(in, out)
@@ -118,7 +114,6 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	defer closePlain()
 	var enc *zstd.Encoder
 	if recompress {
-		// Archives that carry layers unpacked give no digest to keep, so the copy may as well be small.
 		if enc, err = zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedFastest)); err != nil {
 			return err
 		}
@@ -126,9 +121,9 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 		plain = io.TeeReader(plain, enc)
 	}
 	diff := sha256.New()
-	ahead := newReadAhead(plain)
+	ahead := newReadAhead(ctx, plain)
 	defer ahead.close()
-	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw, report: func(bytes int64) { b.report(n, bytes) }}
+	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw}
 	layer := bufio.NewReaderSize(counted, 64<<10)
 	if b.t != nil {
 		if err := b.t.apply(ctx, layer); err != nil {
@@ -183,7 +178,10 @@ func (b *builder) finish(ctx context.Context, id string) (int64, error) {
 	if b.t == nil {
 		return b.knownSize(id)
 	}
-	root, extras := b.t.finish()
+	root, extras, err := b.t.finish()
+	if err != nil {
+		return 0, err
+	}
 	var uuid [16]byte
 	if raw, err := hex.DecodeString(id); err == nil {
 		copy(uuid[:], raw)
@@ -191,14 +189,9 @@ func (b *builder) finish(ctx context.Context, id string) (int64, error) {
 	if err := b.t.w.Finish(ctx, root, uuid); err != nil {
 		return 0, fmt.Errorf("write root file system: %w", err)
 	}
-	if len(extras) > 0 {
-		j, err := json.Marshal(extras)
-		if err != nil {
-			return 0, err
-		}
-		if err := b.st.keepBytes(j, extraPlace(id)); err != nil {
-			return 0, err
-		}
+	// Also where there are none: a root without the file has lost it.
+	if err := b.keepExtras(extras, id); err != nil {
+		return 0, err
 	}
 	f := b.f
 	b.f = nil
@@ -206,6 +199,34 @@ func (b *builder) finish(ctx context.Context, id string) (int64, error) {
 		return 0, errors.Join(err, f.Close())
 	}
 	return b.t.w.Used(), b.st.keep(f, rootfsPlace(id))
+}
+
+// keepExtras writes a JSON list, one element after the other.
+func (b *builder) keepExtras(extras []Extra, id string) error {
+	f, err := b.st.temp()
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriter(f)
+	sep := "["
+	for _, x := range extras {
+		var j []byte
+		if j, err = json.Marshal(x); err != nil {
+			break
+		}
+		w.WriteString(sep)
+		w.Write(j)
+		sep = ",\n"
+	}
+	if len(extras) == 0 {
+		w.WriteString(sep)
+	}
+	w.WriteString("]\n")
+	if err = errors.Join(err, w.Flush()); err != nil {
+		f.Close()
+		return err
+	}
+	return b.st.keep(f, extraPlace(id))
 }
 
 // knownSize is the size of a root file system that was there before: that which an image with the same one has.

@@ -1,50 +1,64 @@
 package image
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
+	"unicode"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
+// NewConfig applies changes in the words of a Dockerfile, "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL", "STOPSIGNAL", "USER",
+// "VOLUME" and "WORKDIR", to a configuration. Values are read as Docker does, but variables in them are not replaced.
+func NewConfig(changes []string) (v1.Config, error) {
+	var c v1.Config
+	for _, line := range changes {
+		if err := applyChange(&c, line); err != nil {
+			return v1.Config{}, fmt.Errorf("change %q: %w", line, err)
+		}
+	}
+	return c, nil
+}
+
+var errChange = errors.New("not understood; give a word such as CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR and its value")
+
 // applyChange applies one line.
 func applyChange(c *v1.Config, line string) (err error) {
-	word, value, _ := strings.Cut(strings.TrimSpace(line), " ")
-	value = strings.TrimSpace(value)
+	word, value := cutBlank(strings.TrimSpace(line))
 	if value == "" {
 		return errChange
 	}
 	switch strings.ToUpper(word) {
 	case "CMD":
-		c.Cmd, err = words(value)
+		c.Cmd, err = command(value)
 	case "ENTRYPOINT":
-		c.Entrypoint, err = words(value)
+		c.Entrypoint, err = command(value)
 	case "ENV":
-		key, val, ok := pair(value)
-		if !ok {
-			return errors.New("ENV takes name=value")
-		}
-		c.Env = append(c.Env, key+"="+val)
+		err = pairs(value, func(name, val string) {
+			c.Env = slices.DeleteFunc(c.Env, func(have string) bool { return strings.HasPrefix(have, name+"=") })
+			c.Env = append(c.Env, name+"="+val)
+		})
 	case "LABEL":
-		key, val, ok := pair(value)
-		if !ok {
-			return errors.New("LABEL takes name=value")
-		}
-		if c.Labels == nil {
-			c.Labels = map[string]string{}
-		}
-		c.Labels[key] = val
-	case "EXPOSE":
-		c.ExposedPorts = addKeys(c.ExposedPorts, value)
-	case "VOLUME":
-		if strings.HasPrefix(value, "[") {
-			list, err := words(value)
-			if err != nil {
-				return err
+		err = pairs(value, func(name, val string) {
+			if c.Labels == nil {
+				c.Labels = map[string]string{}
 			}
-			value = strings.Join(list, " ")
+			c.Labels[name] = val
+		})
+	case "EXPOSE":
+		c.ExposedPorts = addKeys(c.ExposedPorts, strings.Fields(value))
+	case "VOLUME":
+		list, ok, err := jsonList(value)
+		if err != nil {
+			return err
 		}
-		c.Volumes = addKeys(c.Volumes, value)
+		if !ok {
+			list = strings.Fields(value)
+		}
+		c.Volumes = addKeys(c.Volumes, list)
 	case "STOPSIGNAL":
 		c.StopSignal = value
 	case "USER":
@@ -57,24 +71,152 @@ func applyChange(c *v1.Config, line string) (err error) {
 	return err
 }
 
-// pair reads name=value, or the older form with a blank; quotes around the value are taken off.
-func pair(s string) (key, val string, ok bool) {
-	i := strings.IndexAny(s, "= ")
-	if i <= 0 {
-		return "", "", false
+// cutBlank cuts s around its first blanks.
+func cutBlank(s string) (before, after string) {
+	i := strings.IndexFunc(s, unicode.IsSpace)
+	if i < 0 {
+		return s, ""
 	}
-	key, val = s[:i], strings.TrimSpace(s[i+1:])
-	if len(val) >= 2 && (val[0] == '"' || val[0] == '\'') && val[len(val)-1] == val[0] {
-		val = val[1 : len(val)-1]
-	}
-	return key, val, true
+	return s[:i], strings.TrimSpace(s[i:])
 }
 
-func addKeys(m map[string]struct{}, list string) map[string]struct{} {
+// command reads a JSON list of strings; anything else is for the shell, also where it begins like a list.
+func command(v string) ([]string, error) {
+	list, ok, err := jsonList(v)
+	if err != nil || ok {
+		return list, err
+	}
+	return []string{"/bin/sh", "-c", v}, nil
+}
+
+func jsonList(v string) (list []string, ok bool, err error) {
+	if !strings.HasPrefix(v, "[") || !json.Valid([]byte(v)) {
+		return nil, false, nil
+	}
+	if json.Unmarshal([]byte(v), &list) != nil {
+		return nil, false, errors.New("a list can only hold strings")
+	}
+	return list, true, nil
+}
+
+// pairs reads one or more name=value, with quotes as in a shell, or the older form of a name, a blank, and all the rest.
+func pairs(v string, set func(name, val string)) error {
+	words, err := splitWords(v)
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(words[0], "=") {
+		name, rest := cutBlank(v)
+		if rest == "" {
+			return fmt.Errorf("%s has no value; use name=value", quoteName(name))
+		}
+		return setPair(name, rest, set)
+	}
+	for _, w := range words {
+		name, val, ok := strings.Cut(w, "=")
+		if !ok {
+			return fmt.Errorf("%s has no value; use name=value, and quotes around a value with blanks", quoteName(w))
+		}
+		if err := setPair(name, val, set); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func setPair(name, val string, set func(name, val string)) error {
+	name, nerr := unquote(name)
+	val, verr := unquote(val)
+	if err := errors.Join(nerr, verr); err != nil {
+		return err
+	}
+	if name == "" {
+		return errors.New("a name is empty")
+	}
+	set(name, val)
+	return nil
+}
+
+// splitWords cuts v at blanks that are neither quoted nor escaped. Quotes and backslashes stay.
+func splitWords(v string) ([]string, error) {
+	var words []string
+	start := -1
+	for i := 0; i < len(v); {
+		if strings.IndexByte(" \t\r\n", v[i]) >= 0 {
+			if start >= 0 {
+				words = append(words, v[start:i])
+			}
+			start = -1
+			i++
+			continue
+		}
+		if start < 0 {
+			start = i
+		}
+		n, err := tokenLen(v[i:])
+		if err != nil {
+			return nil, err
+		}
+		i += n
+	}
+	if start >= 0 {
+		words = append(words, v[start:])
+	}
+	return words, nil
+}
+
+// tokenLen is the length of what s begins with: a quoted part, an escaped byte, or one byte.
+func tokenLen(s string) (int, error) {
+	switch s[0] {
+	case '\\':
+		return min(2, len(s)), nil
+	case '\'', '"':
+		for i := 1; i < len(s); i++ {
+			switch {
+			case s[i] == s[0]:
+				return i + 1, nil
+			case s[i] == '\\' && s[0] == '"':
+				i++
+			}
+		}
+		return 0, fmt.Errorf("a quote has no end: %s", quoteName(s))
+	}
+	return 1, nil
+}
+
+// unquote takes quotes and backslashes off, as a shell does.
+func unquote(s string) (string, error) {
+	var out strings.Builder
+	for len(s) > 0 {
+		n, err := tokenLen(s)
+		if err != nil {
+			return "", err
+		}
+		token := s[:n]
+		s = s[n:]
+		switch {
+		case token[0] == '\'':
+			out.WriteString(token[1 : n-1])
+		case token[0] == '"':
+			for t := token[1 : n-1]; t != ""; {
+				if len(t) > 1 && t[0] == '\\' && strings.IndexByte(`"$\`, t[1]) >= 0 {
+					t = t[1:]
+				}
+				out.WriteByte(t[0])
+				t = t[1:]
+			}
+		default:
+			out.WriteString(token[n-1:]) // an escaped byte, or a plain one
+		}
+	}
+	return out.String(), nil
+}
+
+func addKeys(m map[string]struct{}, list []string) map[string]struct{} {
 	if m == nil {
 		m = map[string]struct{}{}
 	}
-	for _, k := range strings.Fields(list) {
+	for _, k := range list {
 		m[k] = struct{}{}
 	}
 	return m

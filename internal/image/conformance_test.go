@@ -99,21 +99,24 @@ func layerTar(t testing.TB, ents ...ent) []byte {
 }
 
 // buildImage merges layers into an image file.
-func buildImage(t testing.TB, xattrs bool, limits Limits, layers ...[]byte) (string, []Extra, error) {
+func buildImage(t testing.TB, limits Limits, layers ...[]byte) (string, []Extra, error) {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "image.erofs"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := writer.NewWriter(f, writer.Options{Xattrs: xattrs})
+	w := writer.NewWriter(f)
 	tr := newTree(w, limits.withDefaults())
 	for _, l := range layers {
 		if err := tr.apply(t.Context(), bytes.NewReader(l)); err != nil {
 			return "", nil, err
 		}
 	}
-	root, xs := tr.finish()
+	root, xs, err := tr.finish()
+	if err != nil {
+		return "", nil, err
+	}
 	return f.Name(), xs, w.Finish(t.Context(), root, [16]byte{1})
 }
 
@@ -156,6 +159,17 @@ func mergeCases() map[string]struct {
 		"opaque, whatever the order": {
 			[][]ent{{{name: "d/a", body: "a"}, {name: "d/s/b", body: "b"}}, {{name: "d/c", body: "c"}, {name: "d/.wh..wh..opq"}, {name: "d/e", body: "e"}}},
 			map[string]seen{"d": d(0o755, 2), "d/c": file(0o644, "c"), "d/e": file(0o644, "e")},
+		},
+		"opaque, after a link to a file below": {
+			[][]ent{{{name: "a", body: "1"}, {name: "d/old", body: "o"}, {name: "d/same", typ: tar.TypeLink, link: "a"}},
+				{{name: "d/l", typ: tar.TypeLink, link: "a"}, {name: "d/same", typ: tar.TypeLink, link: "a"}, {name: "d/.wh..wh..opq"}, {name: "d/.wh.l"}}},
+			map[string]seen{"a": {Mode: reg | 0o644, Nlink: 3, Size: 1, Sum: sum([]byte("1"))}, "d": d(0o755, 2),
+				"d/l": {Mode: reg | 0o644, Nlink: 3, Size: 1, Sum: sum([]byte("1"))}, "d/same": {Mode: reg | 0o644, Nlink: 3, Size: 1, Sum: sum([]byte("1"))}},
+		},
+		"opaque twice, with a restated directory between": {
+			[][]ent{{{name: "d/a", body: "a"}, {name: "d/s/b", body: "b"}}, {{name: "d/.wh..wh..opq"}, {name: "d", typ: tar.TypeDir, mode: 0o700}, {name: "d/s/c", body: "c"},
+				{name: "d/.wh..wh..opq"}, {name: ".wh.d"}}, {{name: "d/s/.wh.c"}, {name: "e"}}},
+			map[string]seen{"d": d(0o700, 3), "d/s": d(0o755, 2), "e": file(0o644, "")},
 		},
 		"aufs metadata means nothing": {
 			[][]ent{{{name: "a", body: "1"}, {name: ".wh..wh.aufs", body: ""}, {name: ".wh..wh.plnk", typ: tar.TypeDir}}},
@@ -244,11 +258,11 @@ func TestMerge(t *testing.T) {
 			for _, l := range tc.layers {
 				layers = append(layers, layerTar(t, l...))
 			}
-			path, _, err := buildImage(t, false, Limits{}, layers...)
+			path, _, err := buildImage(t, Limits{}, layers...)
 			if err != nil {
 				t.Fatal(err)
 			}
-			again, _, err := buildImage(t, false, Limits{}, layers...)
+			again, _, err := buildImage(t, Limits{}, layers...)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 // Names in a source.
@@ -85,28 +84,65 @@ func dockerImages(c container, b []byte) ([]found, error) {
 	}
 	imgs := make([]found, 0, len(list))
 	for _, m := range list {
-		raw, err := readFile(c, m.Config, maxConfig)
-		if err != nil {
-			return nil, err
-		}
-		// The configuration's file is called by its digest, with or without an ending.
-		base := strings.TrimSuffix(m.Config[strings.LastIndexByte(m.Config, '/')+1:], ".json")
-		if got := hashBytes(raw).Hex; len(base) == 64 && hexPattern().MatchString(base) && base != got {
-			return nil, fmt.Errorf("configuration %s: %w: it is sha256:%s", quoteName(m.Config), ErrDigest, got)
-		}
-		conf, err := parseConfig(raw)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", quoteName(m.Config), err)
-		}
-		imgs = append(imgs, found{names: m.RepoTags, config: conf, rawConf: raw, layers: m.Layers})
+		imgs = append(imgs, found{names: m.RepoTags, read: func() (description, error) { return readDocker(c, m) }})
 	}
 	return imgs, nil
 }
 
-// parseConfig reads an image's configuration.
+// readDocker reads what describes one image of `docker save`.
+func readDocker(c container, m dockerManifest) (description, error) {
+	raw, err := readFile(c, m.Config, maxConfig)
+	if err != nil {
+		return description{}, err
+	}
+	// The configuration's file is called by its digest, with or without an ending.
+	base := strings.TrimSuffix(m.Config[strings.LastIndexByte(m.Config, '/')+1:], ".json")
+	if got := hashBytes(raw).Hex; idPattern().MatchString(base) && base != got {
+		return description{}, fmt.Errorf("configuration %s: %w: it is sha256:%s", quoteName(m.Config), ErrDigest, got)
+	}
+	conf, err := parseConfig(raw)
+	if err != nil {
+		return description{}, fmt.Errorf("%s: %w", quoteName(m.Config), err)
+	}
+	return description{config: conf, rawConf: raw, layers: m.Layers}, nil
+}
+
+// configFile is a configuration in which a command may be a plain string, as some builders write it.
+type configFile struct {
+	v1.ConfigFile
+	Config struct {
+		v1.Config
+		Cmd, Entrypoint stringList
+	} `json:"config"`
+}
+
+type stringList []string
+
+// UnmarshalJSON takes a list of strings, or one string for a list of one.
+func (l *stringList) UnmarshalJSON(b []byte) error {
+	if len(b) > 0 && b[0] == '"' {
+		*l = make(stringList, 1)
+		return json.Unmarshal(b, &(*l)[0])
+	}
+	return json.Unmarshal(b, (*[]string)(l))
+}
+
+// decodeConfig reads an image's configuration.
+func decodeConfig(b []byte) (v1.ConfigFile, error) {
+	var c configFile
+	if err := json.Unmarshal(b, &c); err != nil {
+		return v1.ConfigFile{}, err
+	}
+	conf := c.ConfigFile
+	conf.Config = c.Config.Config
+	conf.Config.Cmd, conf.Config.Entrypoint = c.Config.Cmd, c.Config.Entrypoint
+	return conf, nil
+}
+
+// parseConfig reads and checks an image's configuration.
 func parseConfig(b []byte) (*v1.ConfigFile, error) {
-	conf := &v1.ConfigFile{}
-	if err := json.Unmarshal(b, conf); err != nil {
+	conf, err := decodeConfig(b)
+	if err != nil {
 		return nil, fmt.Errorf("configuration: %w: %w", ErrFormat, err)
 	}
 	for _, d := range conf.RootFS.DiffIDs {
@@ -114,20 +150,21 @@ func parseConfig(b []byte) (*v1.ConfigFile, error) {
 			return nil, fmt.Errorf("configuration: %w: %s is no digest of a layer", ErrFormat, quoteName(d.String()))
 		}
 	}
-	return conf, nil
+	return &conf, nil
 }
 
 // candidate is a manifest that an index offers.
 type candidate struct {
-	desc v1.Descriptor
-	name string // the name of the index's entry that led to it
+	digest   v1.Hash
+	names    []string // of the index's entry that led to it
+	platform string   // the other one that it is for; empty: this, or unknown
 }
 
 // layoutImages lists the images of an OCI layout. What an index offers for several platforms under one name is one image: that
 // for this host.
 func layoutImages(c container, b []byte) ([]found, error) {
-	l := layoutReader{c: c, seen: map[v1.Hash]bool{}}
-	if err := l.walk(b, "", 0); err != nil {
+	l := layoutReader{c: c, path: map[v1.Hash]bool{}}
+	if err := l.walk(b, nil, 0); err != nil {
 		return nil, err
 	}
 	if len(l.all) == 0 {
@@ -135,32 +172,35 @@ func layoutImages(c container, b []byte) ([]found, error) {
 	}
 	var imgs []found
 	var others []string
+	var artifacts []error
 	taken := map[v1.Hash]int{}
 	for _, cand := range l.all {
-		if p := cand.desc.Platform; p != nil && !runsHere(p) {
-			others = append(others, p.String())
+		if cand.platform != "" {
+			others = append(others, cand.platform)
 			continue
-		}
-		names, err := layoutNames(cand.name)
-		if err != nil {
-			return nil, err
 		}
 		// One manifest may stand under several names.
-		if i, ok := taken[cand.desc.Digest]; ok {
-			imgs[i].names = append(imgs[i].names, names...)
+		if i, ok := taken[cand.digest]; ok {
+			imgs[i].names = slices.Concat(imgs[i].names, cand.names)
 			continue
 		}
-		im, err := l.image(cand.desc)
+		d, err := l.image(cand.digest)
+		if _, ok := errors.AsType[*artifactError](err); ok {
+			artifacts = append(artifacts, err)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
-		if err := checkPlatform(im.config); err != nil && len(l.all) > 1 {
-			others = append(others, im.config.OS+"/"+im.config.Architecture)
+		if err := checkPlatform(d.config); err != nil && len(l.all) > 1 {
+			others = append(others, platformName(d.config.OS, d.config.Architecture))
 			continue
 		}
-		im.names = names
-		taken[cand.desc.Digest] = len(imgs)
-		imgs = append(imgs, im)
+		taken[cand.digest] = len(imgs)
+		imgs = append(imgs, found{names: cand.names, read: func() (description, error) { return l.image(cand.digest) }})
+	}
+	if len(imgs) == 0 && len(others) == 0 {
+		return nil, artifacts[0]
 	}
 	if len(imgs) == 0 {
 		slices.Sort(others)
@@ -171,6 +211,15 @@ func layoutImages(c container, b []byte) ([]found, error) {
 
 func runsHere(p *v1.Platform) bool {
 	return (p.OS == "" || p.OS == "linux") && (p.Architecture == "" || p.Architecture == runtime.GOARCH)
+}
+
+// platformName makes a source's words for a platform fit for a message.
+func platformName(system, arch string) string {
+	p := system + "/" + arch
+	if platPattern().MatchString(p) {
+		return p
+	}
+	return quoteName(p)
 }
 
 // layoutNames makes a name of an annotation. One without a repository, such as "latest", names no image.
@@ -184,7 +233,8 @@ func layoutNames(ref string) ([]string, error) {
 // layoutReader goes through the indexes of a layout.
 type layoutReader struct {
 	c    container
-	seen map[v1.Hash]bool // indexes: one that holds itself is malformed, and one that is held twice adds nothing
+	path map[v1.Hash]bool // indexes on the way to the present one, which may not hold them; two may hold a third, under two names
+	read int              // manifests and indexes so far
 	all  []candidate
 }
 
@@ -202,7 +252,7 @@ func parseIndex(b []byte) (*v1.IndexManifest, error) {
 	return idx, nil
 }
 
-func (l *layoutReader) walk(b []byte, name string, depth int) error {
+func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 	if depth > maxIndexDepth {
 		return fmt.Errorf("indexes nest more than %d deep: %w", maxIndexDepth, ErrTooLarge)
 	}
@@ -211,33 +261,41 @@ func (l *layoutReader) walk(b []byte, name string, depth int) error {
 		return err
 	}
 	for _, d := range idx.Manifests {
-		if len(l.all)+len(l.seen) >= maxImages {
-			return fmt.Errorf("more than %d manifests: %w", maxImages, ErrTooLarge)
-		}
 		if d.Annotations[annotationProof] != "" || d.Platform != nil && d.Platform.OS == "unknown" {
 			continue
 		}
-		n := name
+		if l.read++; l.read > maxImages {
+			return fmt.Errorf("more than %d manifests: %w", maxImages, ErrTooLarge)
+		}
+		own := names
 		if v := d.Annotations[annotationName]; v != "" {
-			n = v
-		} else if v := d.Annotations[annotationRef]; v != "" && n == "" {
-			n = v
+			own, err = layoutNames(v)
+		} else if v := d.Annotations[annotationRef]; v != "" && len(names) == 0 {
+			own, err = layoutNames(v)
+		}
+		if err != nil {
+			return err
 		}
 		switch {
 		case d.MediaType.IsIndex():
-			if l.seen[d.Digest] {
-				continue
+			if l.path[d.Digest] {
+				return fmt.Errorf("index %s holds itself: %w", d.Digest, ErrFormat)
 			}
-			l.seen[d.Digest] = true
-			sub, err := l.blob(d, maxManifest)
+			l.path[d.Digest] = true
+			sub, err := l.blob(d.Digest, maxManifest)
 			if err != nil {
 				return err
 			}
-			if err := l.walk(sub, n, depth+1); err != nil {
+			if err := l.walk(sub, own, depth+1); err != nil {
 				return err
 			}
+			delete(l.path, d.Digest)
 		case d.MediaType.IsImage() || d.MediaType == "":
-			l.all = append(l.all, candidate{d, n})
+			cand := candidate{digest: d.Digest, names: own}
+			if p := d.Platform; p != nil && !runsHere(p) {
+				cand.platform = platformName(p.OS, p.Architecture)
+			}
+			l.all = append(l.all, cand)
 		}
 	}
 	return nil
@@ -247,37 +305,38 @@ func (l *layoutReader) walk(b []byte, name string, depth int) error {
 func blobName(h v1.Hash) string { return "blobs/sha256/" + h.Hex }
 
 // blob reads a small blob and checks it.
-func (l *layoutReader) blob(d v1.Descriptor, limit int64) ([]byte, error) {
-	b, err := readFile(l.c, blobName(d.Digest), limit)
+func (l *layoutReader) blob(h v1.Hash, limit int64) ([]byte, error) {
+	b, err := readFile(l.c, blobName(h), limit)
 	if err != nil {
 		return nil, err
 	}
-	if got := hashBytes(b); got != d.Digest {
-		return nil, fmt.Errorf("blob %s: %w: it is %s", d.Digest, ErrDigest, got)
+	if got := hashBytes(b); got != h {
+		return nil, fmt.Errorf("blob %s: %w: it is %s", h, ErrDigest, got)
 	}
 	return b, nil
 }
 
-func (l *layoutReader) image(d v1.Descriptor) (found, error) {
-	raw, err := l.blob(d, maxManifest)
+// image reads what describes the image of a manifest.
+func (l *layoutReader) image(manifest v1.Hash) (description, error) {
+	raw, err := l.blob(manifest, maxManifest)
 	if err != nil {
-		return found{}, err
+		return description{}, err
 	}
 	m, err := parseManifest(raw)
 	if err != nil {
-		return found{}, fmt.Errorf("manifest %s: %w", d.Digest, err)
+		return description{}, fmt.Errorf("manifest %s: %w", manifest, err)
 	}
-	im := found{manifest: m, rawMan: raw}
-	if im.rawConf, err = l.blob(m.Config, maxConfig); err != nil {
-		return found{}, err
+	d := description{manifest: m, rawMan: raw}
+	if d.rawConf, err = l.blob(m.Config.Digest, maxConfig); err != nil {
+		return description{}, err
 	}
-	if im.config, err = parseConfig(im.rawConf); err != nil {
-		return found{}, err
+	if d.config, err = parseConfig(d.rawConf); err != nil {
+		return description{}, err
 	}
 	for _, layer := range m.Layers {
-		im.layers = append(im.layers, blobName(layer.Digest))
+		d.layers = append(d.layers, blobName(layer.Digest))
 	}
-	return im, nil
+	return d, nil
 }
 
 // parseManifest reads the manifest of one image.
@@ -289,10 +348,8 @@ func parseManifest(b []byte) (*v1.Manifest, error) {
 	if m.SchemaVersion != 2 {
 		return nil, fmt.Errorf("%w: schema version %d is not supported", ErrFormat, m.SchemaVersion)
 	}
-	switch m.Config.MediaType {
-	case types.OCIConfigJSON, types.DockerConfigJSON, "":
-	default:
-		return nil, fmt.Errorf("%w: it is an artifact of type %q", ErrFormat, m.Config.MediaType)
+	if kind := artifact(m); kind != "" {
+		return nil, &artifactError{kind}
 	}
 	for _, d := range append([]v1.Descriptor{m.Config}, m.Layers...) {
 		if !digPattern().MatchString(d.Digest.String()) {
@@ -300,4 +357,33 @@ func parseManifest(b []byte) (*v1.Manifest, error) {
 		}
 	}
 	return m, nil
+}
+
+// artifactError says that a manifest describes something else than an image. Beside images, such as a signature or a list of
+// parts does no harm.
+type artifactError struct{ kind string }
+
+func (e *artifactError) Error() string {
+	return fmt.Sprintf("%v: it is an artifact of type %s", ErrFormat, quoteName(e.kind))
+}
+func (e *artifactError) Unwrap() error { return ErrFormat }
+
+// artifact returns the type of what a manifest describes, if that is no image: by its own word, its configuration, or for want of
+// any layer that could be unpacked.
+func artifact(m *v1.Manifest) string {
+	if m.ArtifactType != "" {
+		return m.ArtifactType
+	}
+	if mt := m.Config.MediaType; mt != "" && !mt.IsConfig() {
+		return string(mt)
+	}
+	for _, l := range m.Layers {
+		if l.MediaType == "" || strings.Contains(string(l.MediaType), "tar") {
+			return ""
+		}
+	}
+	if len(m.Layers) == 0 {
+		return ""
+	}
+	return string(m.Layers[0].MediaType)
 }

@@ -3,13 +3,17 @@ package image
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	writer "github.com/coffer-box/coffer/internal/erofs"
 )
@@ -37,13 +41,18 @@ func TestHostileLayers(t *testing.T) {
 		"too many entries":         {ents: []ent{{name: "a"}, {name: "b"}, {name: "c"}}, limits: Limits{Entries: 2}, want: "more than 2 entries"},
 		"implied parents count":    {ents: []ent{{name: "a/b/c/d/e"}}, limits: Limits{Entries: 3}, want: "more than 3 entries"},
 		"too many bytes":           {ents: []ent{{name: "a", body: "12345"}, {name: "b", body: "12345"}}, limits: Limits{Bytes: 8}, want: "exceed 8 bytes"},
+		"too long names":           {ents: []ent{{name: "12345"}, {name: "678901"}}, limits: Limits{Metadata: 10}, want: "too many bytes"},
+		"implied names count":      {ents: []ent{{name: "12345/678901/2"}}, limits: Limits{Metadata: 11}, want: "too many bytes"},
+		"too long links":           {ents: []ent{{name: "1", typ: tar.TypeSymlink, link: "2345678901"}}, limits: Limits{Metadata: 10}, want: "too many bytes"},
+		"too many attributes":      {ents: []ent{{name: "1", xattrs: map[string]string{"user.a": "b"}}}, limits: Limits{Metadata: 20}, want: "too many bytes"},
+		"paths of attributes":      {ents: []ent{{name: "1234567890/1", xattrs: map[string]string{"user.a": "b"}}}, limits: Limits{Metadata: 90}, want: "too many bytes"},
 		"root as a file":           {ents: []ent{{name: "./", typ: tar.TypeSymlink, link: "x"}}, want: "root of the file system"},
 		"device out of range":      {ents: []ent{{name: "d", typ: tar.TypeChar, maj: 5000}}, want: "out of range"},
 		"owner out of range":       {ents: []ent{{name: "f", uid: 1<<32 - 1}}, want: "out of range"},
 		"unknown type":             {ents: []ent{{name: "f", typ: 'Z'}}, want: "unknown type"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, _, err := buildImage(t, false, tc.limits, layerTar(t, tc.ents...))
+			_, _, err := buildImage(t, tc.limits, layerTar(t, tc.ents...))
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Fatalf("got %v, want an error with %q", err, tc.want)
 			}
@@ -54,21 +63,159 @@ func TestHostileLayers(t *testing.T) {
 	}
 }
 
+// However often a layer says that a directory hides what was in it, the directory is gone through once: n files and n whiteouts
+// would make n² looks.
+func TestManyWhiteouts(t *testing.T) {
+	for name, again := range map[string][]tar.Header{
+		"opaque":                     {{Name: "d/.wh..wh..opq", Typeflag: tar.TypeReg}},
+		"whiteout":                   {{Name: ".wh.d", Typeflag: tar.TypeReg}},
+		"opaque, after its own name": {{Name: "d", Typeflag: tar.TypeDir}, {Name: "d/.wh..wh..opq", Typeflag: tar.TypeReg}},
+		"opaque parent":              {{Name: ".wh..wh..opq", Typeflag: tar.TypeReg}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tr := newTree(nil, Limits{}.withDefaults())
+			for _, name := range []string{"d/below", "d/own"} {
+				if err := tr.apply(t.Context(), bytes.NewReader(layerTar(t, ent{name: name, typ: tar.TypeFifo}))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			add := func() {
+				for _, hdr := range again {
+					if err := tr.add(t.Context(), &hdr, nil); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			add()
+			d := tr.root.Children["d"]
+			if len(d.Children) != 1 || d.Children["own"] == nil {
+				t.Fatalf("left in it: %v", d.Children)
+			}
+			// No layer could put it there. Who looks at it would take it away.
+			d.Children["mark"] = &writer.Node{Mode: writer.TypeFIFO}
+			add()
+			if d = tr.root.Children["d"]; d.Children["mark"] == nil {
+				t.Error("the directory was gone through again")
+			}
+		})
+	}
+}
+
+// heapOf returns how much more memory is in use after fn, and keeps what fn returned.
+func heapOf(fn func() any) int64 {
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	v := fn()
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	runtime.KeepAlive(v)
+	return int64(after.HeapAlloc) - int64(before.HeapAlloc)
+}
+
+// Short names that stand in long headers keep nothing but themselves.
+func TestHeadersAreNotKept(t *testing.T) {
+	const n = 50
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	for i := range n {
+		h := &tar.Header{Name: fmt.Sprintf("é%d/ö", i), Typeflag: tar.TypeSymlink, Linkname: "ü", Mode: 0o644, Format: tar.FormatPAX,
+			PAXRecords: map[string]string{"VENDOR.comment": strings.Repeat("x", 900<<10), "SCHILY.xattr.user.a": "b"}}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, fn := range map[string]func() any{
+		"layer": func() any {
+			tr := newTree(nil, Limits{}.withDefaults())
+			if err := tr.apply(t.Context(), bytes.NewReader(layer.Bytes())); err != nil {
+				t.Fatal(err)
+			}
+			return tr
+		},
+		"archive": func() any {
+			f, err := os.Open(asFile(t, append(asTar(t, map[string][]byte{fileIndex: nil})[:512], layer.Bytes()...)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { f.Close() })
+			a, err := readArchive(t.Context(), f, &budget{1 << 20})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return a
+		},
+	} {
+		if got := heapOf(fn); got > 10<<20 {
+			t.Errorf("%s: %d MiB are held for %d entries", name, got>>20, n)
+		}
+	}
+}
+
+func TestTooMuchMetadata(t *testing.T) {
+	im := sampleImage(t, "one")
+	im.cmd = strings.Repeat("x", 5000)
+	files := dockerFiles(t, map[string]testImage{"x:1": im})
+	for limit, want := range map[int64]string{500: "too many bytes", 5100: "too many bytes", 7000: ""} {
+		s := newStore(t)
+		files[strings.Repeat("n", 600)] = nil
+		_, err := s.Load(t.Context(), Source{Path: asFile(t, asTar(t, files))}, Options{Limits: Limits{Metadata: limit}})
+		if err == nil != (want == "") || err != nil && (!errors.Is(err, ErrTooLarge) || !strings.Contains(err.Error(), want)) {
+			t.Errorf("limit %d: %v", limit, err)
+		}
+	}
+}
+
+// An archive may name one large configuration any number of times.
+func TestConfigsAreReadInTurn(t *testing.T) {
+	im := sampleImage(t, "one")
+	im.layers, im.packed, im.cmd = im.layers[:1], im.packed[:1], strings.Repeat("x", 2<<20)
+	docker, oci := dockerFiles(t, map[string]testImage{"x:1": im}), ociFiles(t, im, "x:1")
+	var list []dockerManifest
+	var idx v1.IndexManifest
+	if err := errors.Join(json.Unmarshal(docker[fileManifest], &list), json.Unmarshal(oci[fileIndex], &idx)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		list = append(list, list[0])
+		copied := im
+		copied.cmd = fmt.Sprint(im.cmd, i)
+		idx.Manifests = append(idx.Manifests, writeOCI(t, oci, copied))
+	}
+	docker[fileManifest], oci[fileIndex] = toJSON(t, list), toJSON(t, idx)
+	for name, dir := range map[string]string{"docker": asDir(t, docker), "OCI": asDir(t, oci)} {
+		if got := heapOf(func() any {
+			c, err := openDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			imgs, err := findImages(c)
+			if err != nil || len(imgs) != 51 {
+				t.Fatalf("%d images, %v", len(imgs), err)
+			}
+			return imgs
+		}); got > 20<<20 {
+			t.Errorf("%s: %d MiB are held for 51 images", name, got>>20)
+		}
+	}
+}
+
 func TestXattrs(t *testing.T) {
 	capability := "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 	layer := layerTar(t,
 		ent{name: "bin/ping", mode: 0o755, body: "p", xattrs: map[string]string{"security.capability": capability, "user.b": "2", "user.a": "1"}},
 		ent{name: "bin/ping2", typ: tar.TypeLink, link: "bin/ping"},
 		ent{name: "d", typ: tar.TypeDir, xattrs: map[string]string{"trusted.overlay.opaque": "y", "user.overlay.opaque": "y"}})
-	want := []Extra{{Path: "/bin/ping", Xattrs: []writer.Xattr{{Name: "security.capability", Value: []byte(capability)}, {Name: "user.a", Value: []byte("1")}, {Name: "user.b", Value: []byte("2")}}}}
+	want := []Extra{{Path: []byte("/bin/ping"), Xattrs: []Xattr{{Name: "security.capability", Value: []byte(capability)}, {Name: "user.a", Value: []byte("1")}, {Name: "user.b", Value: []byte("2")}}}}
 
 	// What gVisor gets must have none: its reader refuses the inode.
-	path, got, err := buildImage(t, false, Limits{}, layer)
+	path, got, err := buildImage(t, Limits{}, layer)
 	if err != nil {
 		t.Fatal(err)
-	}
-	if len(got) == 1 && got[0].Path == "/bin/ping2" {
-		got[0].Path = "/bin/ping" // either name is that file's
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
@@ -76,19 +223,33 @@ func TestXattrs(t *testing.T) {
 	if files := readGvisor(t, path); files["bin/ping"].Nlink != 2 {
 		t.Errorf("bin/ping: %+v", files["bin/ping"])
 	}
+}
 
-	withXattrs, _, err := buildImage(t, true, Limits{}, layer)
+// Every name of a device is told, since each becomes a file of its own, and names of any bytes come back as they were.
+func TestDevices(t *testing.T) {
+	s := newStore(t)
+	odd := "\xff\xfe/d\xc0"
+	img, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t,
+		ent{name: "sda", typ: tar.TypeBlock, mode: 0o660, gid: 6, maj: 8, min: 0}, ent{name: "disk/root", typ: tar.TypeLink, link: "sda"},
+		ent{name: odd, typ: tar.TypeChar, mode: 0o600, maj: 1, min: 3}))}, "x", Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	checkFsck(t, withXattrs)
-	checkKernelXattr(t, withXattrs, "bin/ping", "user.a", "1")
-	checkKernelXattr(t, withXattrs, "bin/ping", "security.capability", capability)
+	got, err := s.Extras(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sda := &Device{Mode: blk | 0o660, GID: 6, Major: 8}
+	want := []Extra{{Path: []byte("/disk/root"), Device: sda}, {Path: []byte("/sda"), Device: sda},
+		{Path: []byte("/" + odd), Device: &Device{Mode: chr | 0o600, Major: 1, Minor: 3}}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
 }
 
 func TestReplacedContentsAreHoles(t *testing.T) {
 	body := strings.Repeat("x", 4<<20)
-	path, _, err := buildImage(t, false, Limits{}, layerTar(t, ent{name: "a", body: body}), layerTar(t, ent{name: "a", body: "small"}))
+	path, _, err := buildImage(t, Limits{}, layerTar(t, ent{name: "a", body: body}), layerTar(t, ent{name: "a", body: "small"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +268,7 @@ func TestReplacedContentsAreHoles(t *testing.T) {
 func TestTruncatedLayer(t *testing.T) {
 	layer := layerTar(t, ent{name: "a", body: strings.Repeat("x", 10000)})
 	for _, n := range []int{100, 600, 5000} {
-		if _, _, err := buildImage(t, false, Limits{}, layer[:n]); err == nil {
+		if _, _, err := buildImage(t, Limits{}, layer[:n]); err == nil {
 			t.Errorf("a layer cut at %d is taken", n)
 		}
 	}
@@ -120,7 +281,7 @@ func FuzzTree(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, a, b []byte) {
-		path, _, err := buildImage(t, false, Limits{Bytes: 1 << 20, Entries: 1000}, a, b)
+		path, _, err := buildImage(t, Limits{Bytes: 1 << 20, Entries: 1000}, a, b)
 		if err != nil {
 			return
 		}

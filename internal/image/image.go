@@ -10,10 +10,11 @@
 // A store is a directory:
 //
 //	index.json            what images there are and what they are called; replaced whole, never changed in place
+//	index.spare           room for the next index, for when the disk is full
 //	lock                  flock(2)ed by whoever changes the index or sweeps
 //	blobs/sha256/<hex>    manifests, configurations and compressed layers, by their own digest
 //	rootfs/<id>.erofs     root file systems; the id is made of the layers, so images with the same layers share one
-//	rootfs/<id>.extra     attributes and devices of that root, as JSON, where there are any; gVisor reads none of them from EROFS
+//	rootfs/<id>.extra     attributes and devices of that root, as a JSON list; gVisor reads none of them from EROFS
 //	tmp/<random>/         one load at work; its lock file is held by the one who writes there
 //
 // A load writes and syncs everything in its own directory under tmp, then takes the lock, renames the files to their places and
@@ -38,8 +39,6 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-
-	"github.com/coffer-box/coffer/internal/erofs"
 )
 
 var (
@@ -75,6 +74,8 @@ type Image struct {
 	Manifest string        `json:"manifest"` // digest of the manifest
 	RootfsID string        `json:"rootfs_id"`
 	Layers   int           `json:"layers"`
+	// Damaged says what is missing of an image that no box can be made from. It can be loaded again, and removed.
+	Damaged string `json:"damaged,omitempty"`
 }
 
 // ShortID returns the first 12 digits of an id, as shown to people.
@@ -88,9 +89,15 @@ func ShortID(id string) string {
 
 // Extra is what gVisor does not read of one file of a root file system.
 type Extra struct {
-	Path   string        `json:"path"` // absolute, in the box
-	Xattrs []erofs.Xattr `json:"xattrs,omitempty"`
-	Device *Device       `json:"device,omitempty"`
+	Path   []byte  `json:"path"` // absolute, in the box; no string, since names need not be UTF-8
+	Xattrs []Xattr `json:"xattrs,omitempty"`
+	Device *Device `json:"device,omitempty"`
+}
+
+// Xattr is one extended attribute.
+type Xattr struct {
+	Name  string
+	Value []byte
 }
 
 // Device describes a device file.
@@ -144,7 +151,7 @@ func (s *Store) RootfsPath(img Image) string { return s.rootfsPath(img.RootfsID)
 func (s *Store) Extras(img Image) ([]Extra, error) {
 	b, err := os.ReadFile(s.extraPath(img.RootfsID))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return nil, fmt.Errorf("the attributes of root file system %.12s are lost: %w; load its image again", img.RootfsID, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the extra data of image %s: %w", ShortID(img.ID), err)
@@ -161,15 +168,24 @@ func (s *Store) Resolve(ctx context.Context, ref string) (Image, error) {
 	if err := ctx.Err(); err != nil {
 		return Image{}, err
 	}
-	idx, err := s.readIndex()
-	if err != nil {
-		return Image{}, err
+	for again := false; ; again = true {
+		idx, err := s.readIndex()
+		if err != nil {
+			return Image{}, err
+		}
+		e, err := idx.find(ref)
+		if err != nil {
+			return Image{}, err
+		}
+		img, err := s.image(e)
+		if err == nil {
+			return img, nil
+		}
+		// It may have been removed between the two looks, and its name be another's by now.
+		if again || !errors.Is(err, fs.ErrNotExist) {
+			return Image{}, fmt.Errorf("image %s is damaged: %w; load it again, or remove it", ShortID(e.ID), err)
+		}
 	}
-	e, err := idx.find(ref)
-	if err != nil {
-		return Image{}, err
-	}
-	return s.image(e)
 }
 
 // List returns all images, the newest first.
@@ -178,14 +194,26 @@ func (s *Store) List(ctx context.Context) ([]Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	var now *index // as it is when something turned out to be missing
 	imgs := make([]Image, 0, len(idx.Images))
 	for i := range idx.Images {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
 		img, err := s.image(&idx.Images[i])
+		if errors.Is(err, fs.ErrNotExist) {
+			if now == nil {
+				var rerr error
+				if now, rerr = s.readIndex(); rerr != nil {
+					return nil, rerr
+				}
+			}
+			if now.byID(img.ID) == nil {
+				continue // removed meanwhile
+			}
+		}
 		if err != nil {
-			return nil, err
+			img.Damaged = err.Error()
 		}
 		imgs = append(imgs, img)
 	}
@@ -195,31 +223,25 @@ func (s *Store) List(ctx context.Context) ([]Image, error) {
 	return imgs, nil
 }
 
-// image completes an entry of the index with the configuration.
+// image completes an entry of the index with the configuration. What the index says comes with an error, too.
 func (s *Store) image(e *entry) (Image, error) {
-	b, err := readBounded(s.blobPath(e.ID), maxConfig)
-	if err != nil {
-		return Image{}, fmt.Errorf("read configuration of image %s: %w", ShortID(e.ID), err)
-	}
 	img := Image{
-		ID: e.ID, Created: e.Created, Size: e.Size, Manifest: e.Manifest, RootfsID: e.Rootfs, Layers: e.Layers,
-	}
-	if err := json.Unmarshal(b, &img.Config); err != nil {
-		return Image{}, fmt.Errorf("read configuration of image %s: %w", ShortID(e.ID), err)
-	}
-	for _, name := range e.Names {
-		n, err := ParseName(name)
-		if err != nil {
-			return Image{}, fmt.Errorf("image %s: %w", ShortID(e.ID), err)
-		}
-		img.Names = append(img.Names, n.Short())
+		ID: e.ID, Names: shortNames(e.Names), Created: e.Created, Size: e.Size, Manifest: e.Manifest, RootfsID: e.Rootfs, Layers: e.Layers,
 	}
 	slices.Sort(img.Names)
+	b, err := readBounded(s.blobPath(e.ID), maxConfig)
+	if err != nil {
+		return img, fmt.Errorf("read its configuration: %w", err)
+	}
+	if img.Config, err = decodeConfig(b); err != nil {
+		return img, fmt.Errorf("read its configuration: %w", err)
+	}
+	for _, path := range []string{s.rootfsPath(e.Rootfs), s.extraPath(e.Rootfs)} {
+		if _, err := os.Lstat(path); err != nil {
+			return img, fmt.Errorf("find its root file system: %w", err)
+		}
+	}
 	return img, nil
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
-
-func sortXattrs(xs []erofs.Xattr) {
-	slices.SortFunc(xs, func(a, b erofs.Xattr) int { return strings.Compare(a.Name, b.Name) })
-}

@@ -1,10 +1,8 @@
 package image
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -25,9 +23,9 @@ func (s *Store) Import(ctx context.Context, src Source, ref string, opts Options
 }
 
 func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts Options, created time.Time, source string) (Image, error) {
-	names := opts.Names
+	var names []string
 	if ref != "" {
-		names = append([]string{ref}, names...)
+		names = []string{ref}
 	}
 	names, err := fullNames(names)
 	if err != nil {
@@ -85,7 +83,7 @@ func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts O
 	if err != nil {
 		return Image{}, err
 	}
-	imgs, err := s.commitImages(ctx, st, []entry{e})
+	imgs, err := st.commit(ctx, []entry{e})
 	if err != nil {
 		return Image{}, err
 	}
@@ -106,11 +104,14 @@ func openRootfs(ctx context.Context, src Source) (io.Reader, func(), error) {
 			return nil, nil, fmt.Errorf("%w: it is neither a file nor a directory", ErrFormat)
 		}
 	}
-	return openStream(src)
+	return openStream(ctx, src)
 }
 
 // BaseName is the name of the image that comes with the program.
 const BaseName = "base"
+
+// InstallBaseArg is the hidden command of the coffer program that puts it into a home.
+const InstallBaseArg = "_base"
 
 // EnsureBase sees to it that the image [BaseName] is the one made of the embedded archive with this digest. It costs a look at
 // the index when it is; open is called only when it is not.
@@ -123,7 +124,7 @@ func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.R
 	if err != nil {
 		return Image{}, err
 	}
-	if e, err := idx.find(name.String()); err == nil && e.Source == digest && exists(s.rootfsPath(e.Rootfs)) {
+	if e, err := idx.find(name.String()); err == nil && e.Source == digest && exists(s.rootfsPath(e.Rootfs)) && exists(s.extraPath(e.Rootfs)) {
 		return s.image(e)
 	}
 	r, err := open()
@@ -142,30 +143,4 @@ func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.R
 		return Image{}, fmt.Errorf("make the image %s: %w", BaseName, err)
 	}
 	return img, nil
-}
-
-// NewConfig applies changes in the words of a Dockerfile, "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL", "STOPSIGNAL", "USER",
-// "VOLUME" and "WORKDIR", to a configuration.
-func NewConfig(changes []string) (v1.Config, error) {
-	var c v1.Config
-	for _, line := range changes {
-		if err := applyChange(&c, line); err != nil {
-			return v1.Config{}, fmt.Errorf("change %q: %w", line, err)
-		}
-	}
-	return c, nil
-}
-
-var errChange = errors.New("not understood; give a word such as CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR and its value")
-
-// words reads either a JSON list of strings or the shell form of a command.
-func words(v string) ([]string, error) {
-	if bytes.HasPrefix([]byte(v), []byte("[")) {
-		var list []string
-		if err := json.Unmarshal([]byte(v), &list); err != nil {
-			return nil, err
-		}
-		return list, nil
-	}
-	return []string{"/bin/sh", "-c", v}, nil
 }

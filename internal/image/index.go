@@ -9,12 +9,12 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/coffer-box/coffer/internal/disk"
 )
 
 // indexVersion is raised when older programs would misread the index.
@@ -66,14 +66,41 @@ func (s *Store) writeIndex(idx *index) error {
 	if err != nil {
 		return fmt.Errorf("write image index: %w", err)
 	}
-	if err := replaceFile(s.path("index.json"), append(b, '\n')); err != nil {
+	b = append(b, '\n')
+	err = disk.Replace(s.path("index.json"), b)
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		// Removing images is how people make room, so that must not take any.
+		if disk.ReplaceWith(s.path("index.spare"), s.path("index.json"), b) == nil {
+			return nil
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("write image index: %w", err)
 	}
+	s.keepSpare(len(b))
 	return nil
+}
+
+// minSpare is room for the index of some hundred images.
+const minSpare = 64 << 10
+
+// keepSpare makes room for the next index, if there is any.
+func (s *Store) keepSpare(size int) {
+	if err := disk.Spare(s.path("index.spare"), max(minSpare, 2*size)); err != nil {
+		s.log.Debug("there is no room for a spare index", "error", err)
+	}
 }
 
 // find resolves a reference within the index.
 func (idx *index) find(ref string) (*entry, error) {
+	hex := strings.TrimPrefix(ref, "sha256:")
+	if idPattern().MatchString(hex) {
+		// A whole id is never a name: whoever uses one means these contents and no others.
+		if e := idx.byID("sha256:" + hex); e != nil {
+			return e, nil
+		}
+		return nil, fmt.Errorf("%q: %w", ref, ErrNotFound)
+	}
 	name, nameErr := ParseName(ref)
 	if nameErr == nil {
 		full := name.String()
@@ -86,7 +113,6 @@ func (idx *index) find(ref string) (*entry, error) {
 			}
 		}
 	}
-	hex := strings.TrimPrefix(ref, "sha256:")
 	if hexPattern().MatchString(hex) {
 		var found *entry
 		for i := range idx.Images {
@@ -143,59 +169,11 @@ func (idx *index) put(e entry) *entry {
 
 // lock takes the lock of the store. It is the only one in this package that is waited for; the locks below tmp are only tried.
 func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
-	f, err := os.OpenFile(s.path("lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	unlock, err = disk.Lock(ctx, s.path("lock"))
 	if err != nil {
 		return nil, fmt.Errorf("lock image store: %w", err)
 	}
-	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("lock image store: %w", err)
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("lock image store: %w", ctx.Err())
-		case <-time.After(wait):
-		}
-	}
-}
-
-// replaceFile gives path new contents so that a reader, now or after a crash, sees the old or the new ones.
-func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // fails after the rename, as it should
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(path))
-	}
-	return err
-}
-
-// syncDir makes renames in a directory last.
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return unlock, nil
 }
 
 // readBounded reads a whole file that should be small.

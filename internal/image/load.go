@@ -21,7 +21,7 @@ const (
 // Source is where an image comes from: a path, or a stream.
 type Source struct {
 	Path   string
-	Reader io.Reader // used when Path is empty; read to its end, not closed
+	Reader io.Reader // used when Path is empty; read to its end, not closed. A Read may go on after the end of the context
 }
 
 func (src Source) String() string {
@@ -31,27 +31,24 @@ func (src Source) String() string {
 	return src.Path
 }
 
-// Progress tells how far a load is.
-type Progress struct {
-	Layer int   // counted from 1
-	Bytes int64 // of it, unpacked
-}
-
 // Options are the choices of a load or import. The zero value is useful.
 type Options struct {
-	Progress func(Progress) // called from the loading goroutine
-	Limits   Limits
-	// Names are given to the image, if the source holds only one, besides those that it has.
-	Names []string
+	Limits Limits
 	// Config is what an imported image runs by default. Not for Load.
 	Config v1.Config
 	// Comment goes into the history of an imported image. Not for Load.
 	Comment string
 }
 
-// found is an image in a source.
+// found is an image in a source: its names, and the way to the rest. What describes it is read when its turn comes, since a source
+// may name a thousand images, or one a thousand times.
 type found struct {
-	names    []string
+	names []string
+	read  func() (description, error)
+}
+
+// description is what a source says of an image.
+type description struct {
 	manifest *v1.Manifest // nil: to be made
 	rawMan   []byte
 	config   *v1.ConfigFile
@@ -78,16 +75,14 @@ func (s *Store) Load(ctx context.Context, src Source, opts Options) ([]Image, er
 }
 
 func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, error) {
-	names, err := fullNames(opts.Names)
-	if err != nil {
-		return nil, err
-	}
 	st, err := s.newStage(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer st.close()
-	c, err := openContainer(ctx, src, st, opts.Limits.withDefaults())
+	opts.Limits = opts.Limits.withDefaults()
+	meta := &budget{opts.Limits.Metadata}
+	c, err := openContainer(ctx, src, st, opts.Limits, meta)
 	if err != nil {
 		return nil, err
 	}
@@ -96,51 +91,32 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 	if err != nil {
 		return nil, err
 	}
-	if len(names) > 0 {
-		if len(imgs) != 1 {
-			return nil, fmt.Errorf("a name cannot be given: it holds %d images", len(imgs))
-		}
-		imgs[0].names = append(imgs[0].names, names...)
-	}
 	entries := make([]entry, 0, len(imgs))
 	for _, im := range imgs {
-		e, err := s.loadOne(ctx, st, c, im, opts)
+		d, err := im.read()
 		if err != nil {
 			return nil, err
 		}
+		// Whoever loads gets all configurations in the end. What else one image takes is given back before the next.
+		if err := meta.take(len(d.rawConf)); err != nil {
+			return nil, err
+		}
+		opts.Limits.Metadata = max(1, meta.left)
+		e, err := s.loadOne(ctx, st, c, d, opts)
+		if err != nil {
+			return nil, err
+		}
+		e.Names = im.names
 		entries = append(entries, e)
 	}
-	return s.commitImages(ctx, st, entries)
-}
-
-// commitImages stores what was staged and returns it as it is then.
-func (s *Store) commitImages(ctx context.Context, st *stage, entries []entry) ([]Image, error) {
-	idx, err := st.commit(ctx, entries)
-	if err != nil {
-		return nil, err
-	}
-	imgs := make([]Image, 0, len(entries))
-	seen := map[string]bool{}
-	for _, e := range entries {
-		if seen[e.ID] {
-			continue
-		}
-		seen[e.ID] = true
-		img, err := s.image(idx.byID(e.ID))
-		if err != nil {
-			return nil, err
-		}
-		imgs = append(imgs, img)
-	}
-	return imgs, nil
+	return st.commit(ctx, entries)
 }
 
 // loadOne stages one image.
-func (s *Store) loadOne(ctx context.Context, st *stage, c container, im found, opts Options) (entry, error) {
+func (s *Store) loadOne(ctx context.Context, st *stage, c container, im description, opts Options) (entry, error) {
 	id := hashBytes(im.rawConf)
 	if old, ok := s.haveAll(st, id.String()); ok {
 		// The id is the digest of the configuration, which names every layer: there is nothing that could differ.
-		old.Names = im.names
 		return old, nil
 	}
 	diffs := im.config.RootFS.DiffIDs
@@ -151,11 +127,7 @@ func (s *Store) loadOne(ctx context.Context, st *stage, c container, im found, o
 		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
 	}
 	rid := rootfsID(diffs)
-	known := st.share(rootfsPlace(rid))
-	if known {
-		st.share(extraPlace(rid))
-	}
-	b, err := newBuilder(st, opts, known)
+	b, err := newBuilder(st, opts, st.shareRootfs(rid))
 	if err != nil {
 		return entry{}, err
 	}
@@ -179,7 +151,7 @@ func (s *Store) loadOne(ctx context.Context, st *stage, c container, im found, o
 			return entry{}, err
 		}
 	}
-	return stageMeta(st, entry{Names: im.names, Created: im.config.Created.UTC(), Size: size, Rootfs: rid, Layers: len(diffs)}, im.rawConf, rawMan)
+	return stageMeta(st, entry{Created: im.config.Created.UTC(), Size: size, Rootfs: rid, Layers: len(diffs)}, im.rawConf, rawMan)
 }
 
 // stageMeta stages configuration and manifest and completes the entry with their digests.
@@ -188,17 +160,20 @@ func stageMeta(st *stage, e entry, conf, man []byte) (entry, error) {
 	return e, errors.Join(st.keepBytes(conf, blobPlace(e.ID)), st.keepBytes(man, blobPlace(e.Manifest)))
 }
 
-// haveAll looks for an image that is stored whole, and shares its files with the stage.
+// haveAll looks for an image that is stored whole, and shares its files with the stage. What is small is read, so that a load mends
+// it where it is damaged.
 func (s *Store) haveAll(st *stage, id string) (entry, bool) {
 	idx, err := s.readIndex()
 	if err != nil {
 		return entry{}, false
 	}
 	e := idx.byID(id)
-	if e == nil || !st.share(blobPlace(e.ID)) || !st.share(blobPlace(e.Manifest)) || !st.share(rootfsPlace(e.Rootfs)) {
+	if e == nil || !st.share(blobPlace(e.ID)) || !st.share(blobPlace(e.Manifest)) || !st.shareRootfs(e.Rootfs) {
 		return entry{}, false
 	}
-	st.share(extraPlace(e.Rootfs))
+	if conf, err := readBounded(s.blobPath(e.ID), maxConfig); err != nil || hashBytes(conf).String() != e.ID {
+		return entry{}, false
+	}
 	m, err := s.manifest(e)
 	if err != nil {
 		return entry{}, false
@@ -217,7 +192,12 @@ func (s *Store) manifest(e *entry) (*v1.Manifest, error) {
 		return nil, fmt.Errorf("read manifest of image %s: %w", ShortID(e.ID), err)
 	}
 	m := &v1.Manifest{}
-	if err := json.Unmarshal(b, m); err != nil {
+	if hashBytes(b).String() != e.Manifest {
+		err = ErrDigest
+	} else {
+		err = json.Unmarshal(b, m)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("read manifest of image %s: %w", ShortID(e.ID), err)
 	}
 	return m, nil
@@ -249,7 +229,7 @@ func makeManifest(id v1.Hash, conf []byte, layers []v1.Descriptor) ([]byte, erro
 // checkPlatform refuses an image whose programs cannot run here. One that does not say is taken at its word.
 func checkPlatform(c *v1.ConfigFile) error {
 	if c.OS != "" && c.OS != "linux" || c.Architecture != "" && c.Architecture != runtime.GOARCH {
-		return fmt.Errorf("it is for %s/%s, this host runs linux/%s; load one for this platform", c.OS, c.Architecture, runtime.GOARCH)
+		return fmt.Errorf("it is for %s, this host runs linux/%s; load one for this platform", platformName(c.OS, c.Architecture), runtime.GOARCH)
 	}
 	return nil
 }

@@ -15,10 +15,12 @@ const (
 
 var (
 	hexPattern  = pattern(`^[0-9a-f]{2,64}$`)
+	idPattern   = pattern(`^[0-9a-f]{64}$`)
 	hostPattern = pattern(`^(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?$`)
 	pathPattern = pattern(`^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*$`)
 	tagPattern  = pattern(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 	digPattern  = pattern(`^sha256:[0-9a-f]{64}$`)
+	platPattern = pattern(`^[\w./-]{1,80}$`)
 )
 
 // Name is a parsed image name.
@@ -74,8 +76,14 @@ func ParseName(s string) (Name, error) {
 	if !pathPattern().MatchString(n.Path) {
 		return bad("it may hold letters, digits and single separators")
 	}
-	if n.Registry == defaultRegistry && !strings.Contains(n.Path, "/") {
-		n.Path = officialPath + n.Path
+	if n.Registry == defaultRegistry {
+		base := strings.TrimPrefix(n.Path, officialPath)
+		if base == "sha256" || idPattern().MatchString(base) {
+			return bad("that is how ids are written")
+		}
+		if !strings.Contains(n.Path, "/") {
+			n.Path = officialPath + n.Path
+		}
 	}
 	return n, nil
 }

@@ -7,8 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"slices"
-	"strings"
-	"time"
 )
 
 // Removed tells what a removal did.
@@ -18,9 +16,28 @@ type Removed struct {
 	Freed    int64    // bytes given back on disk
 }
 
-// Remove takes a name from an image, and the image away with its last name. By id, all names go. An image for which inUse names
-// boxes stays whole and the error is an [*InUseError]; inUse may be nil.
-func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []string) (Removed, error) {
+// Needs is what boxes need of a store.
+type Needs struct {
+	Images map[string][]string // by an image's id the boxes that were made from it
+	Rootfs []string            // ids of the boxes' root file systems, which they need when their images are lost, too
+	// Unknown says that a box does not tell what it needs. No root file system is deleted then.
+	Unknown bool
+}
+
+// NeedsFunc finds out what boxes need; nil: there are none. It is called with the store locked, so that it sees every box for which
+// [Store.Confirm] has found the image.
+type NeedsFunc func(context.Context) (Needs, error)
+
+func (f NeedsFunc) ask(ctx context.Context) (Needs, error) {
+	if f == nil {
+		return Needs{}, nil
+	}
+	return f(ctx)
+}
+
+// Remove takes a name from an image, and the image away with its last name. By id, all names go. An image that boxes were made from
+// stays whole and the error is an [*InUseError].
+func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Removed, error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return Removed{}, err
@@ -34,94 +51,98 @@ func (s *Store) Remove(ctx context.Context, ref string, inUse func(id string) []
 	if err != nil {
 		return Removed{}, err
 	}
-	var res Removed
-	if n, err := ParseName(ref); err == nil && len(e.Names) > 1 && slices.Contains(e.Names, n.String()) {
-		e.Names = slices.DeleteFunc(e.Names, func(have string) bool { return have == n.String() })
-		res.Untagged = []string{n.Short()}
-		return res, s.writeIndex(idx)
-	}
-	if boxes := users(inUse, e.ID); len(boxes) > 0 {
-		return Removed{}, &InUseError{Image: ref, Boxes: boxes}
-	}
-	res.Untagged, res.Deleted = shortNames(e.Names), []string{e.ID}
-	id := e.ID
-	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool { return e.ID == id })
-	if err := s.writeIndex(idx); err != nil {
+	needs, err := boxes.ask(ctx)
+	if err != nil {
 		return Removed{}, err
 	}
+	var res Removed
+	_ = s.giveBack(idx, needs, &res) // what fails here fails again below
+	if n, err := ParseName(ref); err == nil && len(e.Names) > 1 && slices.Contains(e.Names, n.String()) {
+		e.Names = slices.DeleteFunc(e.Names, func(have string) bool { return have == n.String() })
+		err := s.writeIndex(idx)
+		if err == nil {
+			res.Untagged = []string{n.Short()}
+		}
+		return res, err
+	}
+	if used := needs.Images[e.ID]; len(used) > 0 {
+		return res, &InUseError{Image: ref, Boxes: used}
+	}
+	names, id := shortNames(e.Names), e.ID
+	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool { return e.ID == id })
+	if err := s.writeIndex(idx); err != nil {
+		return res, err
+	}
 	// From here on the image is gone; what cannot be deleted now goes at the next prune.
-	res.Freed, err = s.collect(idx)
-	return res, err
+	res.Untagged, res.Deleted = names, []string{id}
+	return res, s.giveBack(idx, needs, &res)
 }
 
 // Prune removes images without a name, or with all every image, that no box was made from, and everything in the store that
 // belongs to no image.
-func (s *Store) Prune(ctx context.Context, all bool, inUse func(id string) []string) (Removed, error) {
+func (s *Store) Prune(ctx context.Context, all bool, boxes NeedsFunc) (Removed, error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return Removed{}, err
 	}
 	defer unlock()
 	idx, err := s.readIndex()
+	if err != nil {
+		return Removed{}, err
+	}
+	needs, err := boxes.ask(ctx)
 	if err != nil {
 		return Removed{}, err
 	}
 	var res Removed
+	err = s.giveBack(idx, needs, &res)
+	var names, ids []string
 	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool {
-		if !all && len(e.Names) > 0 || len(users(inUse, e.ID)) > 0 {
+		if !all && len(e.Names) > 0 || len(needs.Images[e.ID]) > 0 {
 			return false
 		}
-		res.Untagged = append(res.Untagged, shortNames(e.Names)...)
-		res.Deleted = append(res.Deleted, e.ID)
+		names, ids = append(names, shortNames(e.Names)...), append(ids, e.ID)
 		return true
 	})
-	if len(res.Deleted) > 0 {
-		if err := s.writeIndex(idx); err != nil {
-			return Removed{}, err
-		}
+	if len(ids) == 0 {
+		return res, err
 	}
-	s.sweep()
-	res.Freed, err = s.collect(idx)
-	return res, err
+	if err := s.writeIndex(idx); err != nil {
+		return res, err
+	}
+	res.Untagged, res.Deleted = names, ids
+	return res, s.giveBack(idx, needs, &res)
 }
 
-// Tag gives an image one more name, and takes it from the image that had it.
-func (s *Store) Tag(ctx context.Context, ref, name string) (Image, error) {
-	full, err := fullNames([]string{name})
-	if err != nil {
-		return Image{}, err
-	}
+// giveBack deletes what belongs to nobody. It comes before the index is written, too, so that there is room for that.
+func (s *Store) giveBack(idx *index, needs Needs, res *Removed) error {
+	res.Freed += s.sweep()
+	freed, err := s.collect(idx, needs)
+	res.Freed += freed
+	s.keepSpare(0) // the last may be in use as the index
+	return err
+}
+
+// Confirm finds out whether an image is still there, with no removal under way. Whoever has recorded a box before it asks, where the
+// removal's [NeedsFunc] looks, can rely on the answer: from then on the image stays. One that is gone is [ErrNotFound].
+func (s *Store) Confirm(ctx context.Context, img Image) error {
 	unlock, err := s.lock(ctx)
 	if err != nil {
-		return Image{}, err
+		return err
 	}
 	defer unlock()
 	idx, err := s.readIndex()
 	if err != nil {
-		return Image{}, err
+		return err
 	}
-	e, err := idx.find(ref)
-	if err != nil {
-		return Image{}, err
+	if idx.byID(img.ID) == nil || !exists(s.rootfsPath(img.RootfsID)) || !exists(s.extraPath(img.RootfsID)) {
+		return fmt.Errorf("image %s was removed meanwhile: %w", ShortID(img.ID), ErrNotFound)
 	}
-	changed := *e
-	changed.Names = full
-	kept := idx.put(changed)
-	if err := s.writeIndex(idx); err != nil {
-		return Image{}, err
-	}
-	return s.image(kept)
-}
-
-func users(inUse func(id string) []string, id string) []string {
-	if inUse == nil {
-		return nil
-	}
-	return inUse(id)
+	return nil
 }
 
 func shortNames(names []string) []string {
-	short := make([]string, 0, len(names))
+	var short []string
 	for _, name := range names {
 		if n, err := ParseName(name); err == nil {
 			name = n.Short()
@@ -131,10 +152,14 @@ func shortNames(names []string) []string {
 	return short
 }
 
-// collect deletes the files that no image of the index refers to. The caller holds the lock, so no load is committing; loads at
+// collect deletes the files that no image of the index refers to and no box needs. The caller holds the lock, so no load is committing; loads at
 // work have links of their own to what they share.
-func (s *Store) collect(idx *index) (freed int64, err error) {
+func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	want := map[string]bool{}
+	unknown := map[string]bool{"rootfs": needs.Unknown} // directories in which anything may be needed
+	for _, id := range needs.Rootfs {
+		want[rootfsPlace(id)], want[extraPlace(id)] = true, true
+	}
 	for i := range idx.Images {
 		e := &idx.Images[i]
 		for _, place := range []string{blobPlace(e.ID), blobPlace(e.Manifest), rootfsPlace(e.Rootfs), extraPlace(e.Rootfs)} {
@@ -142,7 +167,9 @@ func (s *Store) collect(idx *index) (freed int64, err error) {
 		}
 		m, err := s.manifest(e)
 		if err != nil {
-			return 0, fmt.Errorf("nothing was deleted: %w", err)
+			s.log.Warn("layers are kept, until the image is loaded again or removed", "reason", err)
+			unknown["blobs/sha256"] = true
+			continue
 		}
 		for _, l := range m.Layers {
 			want[blobPlace(l.Digest.String())] = true
@@ -150,6 +177,9 @@ func (s *Store) collect(idx *index) (freed int64, err error) {
 	}
 	var errs []error
 	for _, d := range []string{"blobs/sha256", "rootfs"} {
+		if unknown[d] {
+			continue
+		}
 		entries, err := os.ReadDir(s.path(d))
 		if err != nil {
 			return freed, err
@@ -167,14 +197,6 @@ func (s *Store) collect(idx *index) (freed int64, err error) {
 				continue
 			}
 			freed += size
-		}
-	}
-	// An index that was never moved to its place.
-	if entries, err := os.ReadDir(s.dir); err == nil {
-		for _, de := range entries {
-			if fi, err := de.Info(); err == nil && strings.HasPrefix(de.Name(), ".index.json-") && time.Since(fi.ModTime()) > time.Minute {
-				errs = append(errs, os.Remove(s.path(de.Name())))
-			}
 		}
 	}
 	return freed, errors.Join(errs...)

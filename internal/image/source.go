@@ -19,7 +19,7 @@ import (
 const maxArchiveEntries = 1 << 16
 
 // openContainer finds out what a source is, and opens it.
-func openContainer(ctx context.Context, src Source, st *stage, limits Limits) (container, error) {
+func openContainer(ctx context.Context, src Source, st *stage, limits Limits, meta *budget) (container, error) {
 	if src.Path != "" {
 		fi, err := os.Stat(src.Path)
 		if err != nil {
@@ -33,7 +33,7 @@ func openContainer(ctx context.Context, src Source, st *stage, limits Limits) (c
 	if err != nil {
 		return nil, err
 	}
-	a, err := readArchive(ctx, f)
+	a, err := readArchive(ctx, f, meta)
 	if err != nil {
 		if owned {
 			f.Close()
@@ -45,7 +45,7 @@ func openContainer(ctx context.Context, src Source, st *stage, limits Limits) (c
 
 // openArchive returns an unpacked tar file to seek in. Streams and compressed files are copied into the stage.
 func openArchive(ctx context.Context, src Source, st *stage, limits Limits) (f *os.File, owned bool, err error) {
-	in, closeIn, err := openStream(src)
+	in, closeIn, err := openStream(ctx, src)
 	if err != nil {
 		return nil, false, err
 	}
@@ -70,7 +70,7 @@ func openArchive(ctx context.Context, src Source, st *stage, limits Limits) (f *
 	if err != nil {
 		return nil, false, err
 	}
-	r := &countingReader{r: ctxReader{ctx, plain}, left: limits.Bytes, report: func(int64) {}}
+	r := &countingReader{r: ctxReader{ctx, plain}, left: limits.Bytes}
 	if _, err := io.Copy(tmp, r); err != nil {
 		tmp.Close()
 		return nil, false, fmt.Errorf("unpack: %w", err)
@@ -82,18 +82,23 @@ func openArchive(ctx context.Context, src Source, st *stage, limits Limits) (f *
 	return tmp, true, nil
 }
 
-// openStream opens the path, or takes the stream, of a source.
-func openStream(src Source) (io.Reader, func(), error) {
+// openStream opens the path, or takes the stream, of a source. Only a plain file is handed out as it is: a stream's position is the
+// caller's, and it may stall.
+func openStream(ctx context.Context, src Source) (io.Reader, func(), error) {
 	if src.Path == "" {
 		if src.Reader == nil {
 			return nil, nil, errors.New("no path and no stream given")
 		}
-		// Not handed out as a file even where it is one: its position is the caller's.
-		return struct{ io.Reader }{src.Reader}, func() {}, nil
+		a := newReadAhead(ctx, src.Reader)
+		return a, a.leave, nil
 	}
 	f, err := os.Open(src.Path)
 	if err != nil {
 		return nil, nil, err
+	}
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+		a := newReadAhead(ctx, f)
+		return a, func() { a.leave(); f.Close() }, nil
 	}
 	return f, func() { f.Close() }, nil
 }
@@ -160,7 +165,7 @@ type member struct {
 }
 
 // readArchive lists the members of a tar file.
-func readArchive(ctx context.Context, f *os.File) (*archive, error) {
+func readArchive(ctx context.Context, f *os.File, meta *budget) (*archive, error) {
 	a := &archive{f: f, members: map[string]member{}}
 	tr := tar.NewReader(f)
 	for n := 0; ; n++ {
@@ -177,7 +182,7 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 			}
 			return nil, fmt.Errorf("read tar: %w", err)
 		}
-		name := cleanMember(hdr.Name)
+		name, link := cleanMember(hdr.Name), ""
 		switch top, _, _ := strings.Cut(name, "/"); top {
 		case "bin", "etc", "usr", "sbin", "lib":
 			a.rootfs = true
@@ -189,6 +194,16 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 			return nil, fmt.Errorf("more than %d members: %w", maxArchiveEntries, ErrTooLarge)
 		}
 		switch hdr.Typeflag {
+		case tar.TypeSymlink:
+			// Old `docker save` wrote a layer that two images share once, and links to it.
+			link = cleanMember(path.Join(path.Dir(name), hdr.Linkname))
+		case tar.TypeLink:
+			link = cleanMember(hdr.Linkname)
+		}
+		if err := meta.take(len(name) + len(link)); err != nil {
+			return nil, err
+		}
+		switch hdr.Typeflag {
 		case tar.TypeReg, tar.TypeCont:
 			// The reader has taken the header and nothing more, so the file stands at the contents.
 			off, err := f.Seek(0, io.SeekCurrent)
@@ -196,11 +211,8 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 				return nil, err
 			}
 			a.members[name] = member{off: off, size: hdr.Size}
-		case tar.TypeSymlink:
-			// Old `docker save` wrote a layer that two images share once, and links to it.
-			a.members[name] = member{link: cleanMember(path.Join(path.Dir(name), hdr.Linkname))}
-		case tar.TypeLink:
-			a.members[name] = member{link: cleanMember(hdr.Linkname)}
+		case tar.TypeSymlink, tar.TypeLink:
+			a.members[name] = member{link: link}
 		}
 	}
 	if a.has(fileIndex) || a.has(fileManifest) {
@@ -213,8 +225,11 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 	return nil, fmt.Errorf("%w: the archive has neither %s nor %s%s", ErrFormat, fileIndex, fileManifest, hint)
 }
 
-// cleanMember gives a member's name the one form that it is looked up by. It is only ever a key, never a path on the host.
-func cleanMember(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
+// cleanMember gives a member's name the one form that it is looked up by, as a string of its own: what the archive says may be a
+// MiB of dots. It is only ever a key, never a path on the host.
+func cleanMember(name string) string {
+	return strings.Clone(strings.TrimPrefix(path.Clean("/"+name), "/"))
+}
 
 func (a *archive) Close() error { return a.f.Close() }
 

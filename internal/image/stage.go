@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/coffer-box/coffer/internal/disk"
 )
 
 // stage is one load's own directory. Files in it are named by where they will go, with "_" for "/".
@@ -36,7 +36,7 @@ func (s *Store) newStage(ctx context.Context) (*stage, error) {
 	st := &stage{s: s, dir: dir, made: map[string]string{}}
 	st.lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err == nil {
-		err = unix.Flock(int(st.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		_, err = disk.TryLock(st.lock) // nobody else has it: whoever sweeps holds the store's lock
 	}
 	if err != nil {
 		st.close()
@@ -45,26 +45,46 @@ func (s *Store) newStage(ctx context.Context) (*stage, error) {
 	return st, nil
 }
 
-// sweep removes what dead loads left. The caller holds the store's lock.
-func (s *Store) sweep() {
-	entries, err := os.ReadDir(s.path("tmp"))
-	if err != nil {
-		return
-	}
-	for _, e := range entries {
+// sweep removes what dead loads and writers of the index left, and tells how many bytes that were. The caller holds the store's lock.
+func (s *Store) sweep() (freed int64) {
+	loads, _ := os.ReadDir(s.path("tmp"))
+	for _, e := range loads {
 		dir := s.path("tmp", e.Name())
 		if f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0); err == nil {
-			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+			dead, err := disk.TryLock(f)
 			f.Close()
-			if err != nil {
+			if !dead || err != nil {
 				continue // at work
 			}
 		}
 		s.log.Debug("sweep an unfinished load", "dir", dir)
-		if err := os.RemoveAll(dir); err != nil {
-			s.log.Warn("an unfinished load cannot be removed", "dir", dir, "error", err)
+		freed += s.discard(dir)
+	}
+	// Nobody else writes an index now.
+	files, _ := os.ReadDir(s.dir)
+	for _, e := range files {
+		if strings.HasPrefix(e.Name(), ".index.json-") {
+			freed += s.discard(s.path(e.Name()))
 		}
 	}
+	return freed
+}
+
+// discard removes a file or directory that nobody needs. What has another name, in the store, is not counted.
+func (s *Store) discard(path string) (freed int64) {
+	_ = filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			if fi, err := d.Info(); err == nil && links(fi) == 1 {
+				freed += diskSize(fi)
+			}
+		}
+		return nil
+	})
+	if err := os.RemoveAll(path); err != nil {
+		s.log.Warn("what is left of a load cannot be removed", "path", path, "error", err)
+		return 0
+	}
+	return freed
 }
 
 // close removes the stage and whatever was not committed.
@@ -125,8 +145,14 @@ func (st *stage) share(place string) bool {
 	return true
 }
 
-// commit moves everything to its place and records the images, as one step for all who look.
-func (st *stage) commit(ctx context.Context, entries []entry) (*index, error) {
+// shareRootfs takes a root file system that the store has whole. A removal may take it away between the one file and the other, and
+// who died while they were moved to their places has left but one.
+func (st *stage) shareRootfs(id string) bool {
+	return st.share(rootfsPlace(id)) && st.share(extraPlace(id))
+}
+
+// commit moves everything to its place and records the images, as one step for all who look. It returns them as they are then.
+func (st *stage) commit(ctx context.Context, entries []entry) ([]Image, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -146,14 +172,30 @@ func (st *stage) commit(ctx context.Context, entries []entry) (*index, error) {
 		}
 	}
 	for _, d := range []string{"blobs/sha256", "rootfs"} {
-		if err := syncDir(st.s.path(d)); err != nil {
+		if err := disk.SyncDir(st.s.path(d)); err != nil {
 			return nil, fmt.Errorf("store image: %w", err)
 		}
 	}
 	for _, e := range entries {
 		idx.put(e)
 	}
-	return idx, st.s.writeIndex(idx)
+	if err := st.s.writeIndex(idx); err != nil {
+		return nil, err
+	}
+	var imgs []Image
+	seen := map[string]bool{}
+	for _, e := range entries {
+		if seen[e.ID] {
+			continue
+		}
+		seen[e.ID] = true
+		img, err := st.s.image(idx.byID(e.ID))
+		if err != nil {
+			return nil, fmt.Errorf("image %s: %w", ShortID(e.ID), err)
+		}
+		imgs = append(imgs, img)
+	}
+	return imgs, nil
 }
 
 // blobPlace and the others name places in the store.

@@ -2,8 +2,10 @@ package image
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -11,15 +13,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) {
@@ -37,6 +42,9 @@ func TestMain(m *testing.M) {
 	}
 	goleak.VerifyTestMain(m)
 }
+
+// background is the context of the helper process, which has no test.
+func background() context.Context { return context.Background() }
 
 func newStore(t *testing.T) *Store {
 	t.Helper()
@@ -186,7 +194,7 @@ func checkSample(t *testing.T, s *Store, img Image, cmd string) {
 		t.Error(diff)
 	}
 	xs, err := s.Extras(img)
-	if err != nil || len(xs) != 1 || xs[0].Path != "/bin/ping" || string(xs[0].Xattrs[0].Value) != "v" {
+	if err != nil || len(xs) != 1 || string(xs[0].Path) != "/bin/ping" || string(xs[0].Xattrs[0].Value) != "v" {
 		t.Errorf("attributes: %+v, %v", xs, err)
 	}
 	m, err := s.manifest(&entry{ID: img.ID, Manifest: img.Manifest})
@@ -277,6 +285,49 @@ func TestSameLayersSameRootfs(t *testing.T) {
 	}
 	if !exists(s.RootfsPath(second[0])) {
 		t.Error("prune took a root file system in use")
+	}
+}
+
+// One file of a root is all there is when a load was killed between the two, or a removal is at work: the root is not taken as known.
+func TestHalfARootfs(t *testing.T) {
+	for name, lost := range map[string]func(*Store, string) string{"attributes": (*Store).extraPath, "files": (*Store).rootfsPath} {
+		for _, again := range []string{"one", "another of its layers"} {
+			t.Run(name+" lost, then "+again, func(t *testing.T) {
+				s := newStore(t)
+				im := sampleImage(t, "one")
+				imgs, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, im, "x:1"))}, Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Remove(lost(s, imgs[0].RootfsID)); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Extras(imgs[0]); err == nil && name == "attributes" {
+					t.Error("lost attributes are taken for none")
+				}
+				im.cmd = again
+				if imgs, err = s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, im, "x:1"))}, Options{}); err != nil {
+					t.Fatal(err)
+				}
+				if xs, err := s.Extras(imgs[0]); err != nil || len(xs) != 1 || string(xs[0].Path) != "/bin/ping" {
+					t.Errorf("attributes: %+v, %v", xs, err)
+				}
+				if files := readGvisor(t, s.RootfsPath(imgs[0])); files["data"].Size != 300000 {
+					t.Errorf("%+v", files)
+				}
+			})
+		}
+	}
+}
+
+func TestNoExtras(t *testing.T) {
+	s := newStore(t)
+	img, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "x", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if xs, err := s.Extras(img); err != nil || len(xs) != 0 {
+		t.Errorf("%v, %v", xs, err)
 	}
 }
 
@@ -372,6 +423,82 @@ func TestMultiArch(t *testing.T) {
 	}
 }
 
+// `docker save` of two tags of one image for several platforms names one index twice.
+func TestTwoNamesOfOneIndex(t *testing.T) {
+	files := map[string][]byte{}
+	d := writeOCI(t, files, sampleImage(t, "here"))
+	d.Platform = &v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
+	sub := toJSON(t, v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{d}})
+	files[blobName(hashBytes(sub))] = sub
+	top := v1.IndexManifest{SchemaVersion: 2}
+	for _, name := range []string{"multi:1", "multi:latest"} {
+		top.Manifests = append(top.Manifests, v1.Descriptor{MediaType: types.OCIImageIndex, Digest: hashBytes(sub), Annotations: map[string]string{annotationName: name}})
+	}
+	files[fileIndex] = toJSON(t, top)
+	s := newStore(t)
+	imgs, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{})
+	if err != nil || len(imgs) != 1 || cmp.Diff([]string{"multi:1", "multi:latest"}, imgs[0].Names) != "" {
+		t.Fatalf("%+v, %v", imgs, err)
+	}
+	// Indexes that hold the next one many times over would be read without an end.
+	for range maxIndexDepth {
+		next := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+		for range 100 {
+			next.Manifests = append(next.Manifests, v1.Descriptor{MediaType: types.OCIImageIndex, Digest: hashBytes(sub)})
+		}
+		sub = toJSON(t, next)
+		files[blobName(hashBytes(sub))] = sub
+	}
+	files[fileIndex] = sub
+	if _, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{}); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("a hundred to the power of eight indexes: %v", err)
+	}
+}
+
+// What is no image keeps no image from being loaded, and is told of where there is nothing else.
+func TestArtifacts(t *testing.T) {
+	for name, change := range map[string]func(*v1.Manifest){
+		"list of parts": func(m *v1.Manifest) {
+			m.ArtifactType, m.Config.MediaType = "application/spdx+json", "application/vnd.oci.empty.v1+json"
+		},
+		"own word":              func(m *v1.Manifest) { m.ArtifactType = "application/x.own" },
+		"foreign configuration": func(m *v1.Manifest) { m.Config.MediaType = "application/vnd.cncf.helm.config.v1+json" },
+		"signature": func(m *v1.Manifest) {
+			m.Layers = m.Layers[:1]
+			m.Layers[0].MediaType = "application/vnd.dev.cosign.simplesigning.v1+json"
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			files := ociFiles(t, sampleImage(t, "one"), "one:1")
+			var idx v1.IndexManifest
+			if err := json.Unmarshal(files[fileIndex], &idx); err != nil {
+				t.Fatal(err)
+			}
+			var m v1.Manifest
+			if err := json.Unmarshal(files[blobName(idx.Manifests[0].Digest)], &m); err != nil {
+				t.Fatal(err)
+			}
+			change(&m)
+			b := toJSON(t, m)
+			files[blobName(hashBytes(b))] = b
+			other := v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: hashBytes(b), Annotations: map[string]string{annotationRef: "sha256-12.sig"}}
+			idx.Manifests = []v1.Descriptor{other, idx.Manifests[0], other}
+			files[fileIndex] = toJSON(t, idx)
+			s := newStore(t)
+			imgs, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{})
+			if err != nil || len(imgs) != 1 || len(imgs[0].Names) != 1 {
+				t.Fatalf("%+v, %v", imgs, err)
+			}
+			checkSample(t, s, imgs[0], "one")
+			idx.Manifests = []v1.Descriptor{other}
+			files[fileIndex] = toJSON(t, idx)
+			if _, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{}); !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "artifact of type") {
+				t.Errorf("nothing else: %v", err)
+			}
+		})
+	}
+}
+
 func TestImport(t *testing.T) {
 	layer := layerTar(t, ent{name: "bin/sh", mode: 0o4755, body: "sh", uid: 7}, ent{name: "l", typ: tar.TypeSymlink, link: "/etc/passwd"})
 	dir := t.TempDir()
@@ -417,6 +544,79 @@ func TestImport(t *testing.T) {
 	}
 }
 
+// The layer of a directory depends on what is in it and on nothing else, and names may be any bytes.
+func TestImportDirectory(t *testing.T) {
+	var ids []string
+	var imgs []Image
+	s := newStore(t)
+	for range 2 {
+		dir := t.TempDir()
+		sub := filepath.Join(dir, "\xff\xfe dir")
+		if err := errors.Join(os.Mkdir(sub, 0o755), os.WriteFile(filepath.Join(sub, "\xc0"), []byte("x"), 0o644),
+			os.Symlink("\xc1", filepath.Join(sub, "z")), os.Link(filepath.Join(sub, "\xc0"), filepath.Join(sub, "a"))); err != nil {
+			t.Fatal(err)
+		}
+		old := time.Unix(1e9, 5)
+		for _, p := range []string{filepath.Join(sub, "\xc0"), sub, dir} {
+			// Each tree has a time of access of its own; the time of change is the present one.
+			if err := os.Chtimes(p, time.Unix(1e9+int64(len(ids)), 0), old); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := unix.Lutimes(filepath.Join(sub, "z"), []unix.Timeval{{Sec: 1e9 + int64(len(ids))}, {Sec: 1e9}}); err != nil {
+			t.Fatal(err)
+		}
+		img, err := s.Import(t.Context(), Source{Path: dir}, "x", Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids, imgs = append(ids, img.RootfsID), append(imgs, img)
+	}
+	if ids[0] != ids[1] {
+		t.Errorf("one tree gave two root file systems: %v", ids)
+	}
+	files := readGvisor(t, s.RootfsPath(imgs[0]))
+	if f := files["\xff\xfe dir/\xc0"]; f.Size != 1 || f.Nlink != 2 || f.Mtime != 1e9 || files["\xff\xfe dir/z"].Target != "\xc1" {
+		t.Errorf("%+v", files)
+	}
+}
+
+// What a layer is stored as is what its manifest says, however it came.
+func TestImportCompressions(t *testing.T) {
+	layer := layerTar(t, ent{name: "a", body: "x"})
+	packed := map[string][]byte{"": layer, "gzip": gz(layer), "zstd": zst(layer)}
+	if bin, err := exec.LookPath("bzip2"); err != nil {
+		t.Log("bzip2 is not installed: what it makes is not imported")
+	} else {
+		c := exec.Command(bin, "-c")
+		c.Stdin = bytes.NewReader(layer)
+		if packed["bzip2"], err = c.Output(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for kind, b := range packed {
+		s := newStore(t)
+		img, err := s.Import(t.Context(), Source{Path: asFile(t, b)}, "x", Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := s.manifest(&entry{ID: img.ID, Manifest: img.Manifest})
+		if err != nil {
+			t.Fatal(err)
+		}
+		desc := m.Layers[0]
+		blob := mustRead(t, s.blobPath(desc.Digest.String()))
+		got, err := compressionOf(bufio.NewReader(bytes.NewReader(blob)))
+		want := map[types.MediaType]string{types.OCILayer: "gzip", types.OCILayerZStd: "zstd"}[desc.MediaType]
+		if err != nil || got != want || hashBytes(blob) != desc.Digest || int64(len(blob)) != desc.Size {
+			t.Errorf("%q: a blob of %q is stored as %s, %v", kind, got, desc.MediaType, err)
+		}
+		if kind == "gzip" && !bytes.Equal(blob, b) {
+			t.Error("a layer that could be kept was packed anew")
+		}
+	}
+}
+
 func TestEnsureBase(t *testing.T) {
 	s := newStore(t)
 	opened := 0
@@ -433,6 +633,12 @@ func TestEnsureBase(t *testing.T) {
 	again, err := s.EnsureBase(t.Context(), "sha256:1", open("a"))
 	if err != nil || opened != 1 || again.ID != first.ID {
 		t.Errorf("opened %d times, %v", opened, err)
+	}
+	if err := os.Remove(s.extraPath(first.RootfsID)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.EnsureBase(t.Context(), "sha256:1", open("a")); err != nil || opened != 2 {
+		t.Errorf("half of it is lost: opened %d times, %v", opened, err)
 	}
 	newer, err := s.EnsureBase(t.Context(), "sha256:2", open("b"))
 	if err != nil || newer.ID == first.ID {
@@ -453,12 +659,13 @@ func TestRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	id := imgs[0].ID
-	res, err := s.Remove(t.Context(), "b:1", func(string) []string { return []string{"box"} })
+	boxes := func(context.Context) (Needs, error) { return Needs{Images: map[string][]string{id: {"box"}}}, nil }
+	res, err := s.Remove(t.Context(), "b:1", boxes)
 	if err != nil || cmp.Diff(Removed{Untagged: []string{"b:1"}}, res) != "" {
 		t.Errorf("%+v, %v", res, err)
 	}
 	var inUse *InUseError
-	if _, err := s.Remove(t.Context(), "a:1", func(string) []string { return []string{"box"} }); !errors.As(err, &inUse) || inUse.Boxes[0] != "box" {
+	if _, err := s.Remove(t.Context(), "a:1", boxes); !errors.As(err, &inUse) || inUse.Boxes[0] != "box" {
 		t.Errorf("in use: %v", err)
 	}
 	if _, err := s.Remove(t.Context(), "nosuch", nil); !errors.Is(err, ErrNotFound) {
@@ -472,6 +679,92 @@ func TestRemove(t *testing.T) {
 		if left, err := os.ReadDir(s.path(d)); err != nil || len(left) > 0 {
 			t.Errorf("left in %s: %v, %v", d, left, err)
 		}
+	}
+}
+
+// A box needs its root also when the index was lost and knows no image of it; one that does not say which it needs may need any.
+func TestRemoveKeepsRootsOfBoxes(t *testing.T) {
+	for name, needs := range map[string]func(root string) Needs{
+		"a box of a lost image":     func(root string) Needs { return Needs{Rootfs: []string{root}} },
+		"a box of a damaged record": func(string) Needs { return Needs{Unknown: true} },
+		"no box":                    func(string) Needs { return Needs{} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			lost, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, sampleImage(t, "lost"), "lost:1"))}, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Remove(s.path("index.json")); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, sampleImage(t, "other"), "other:1"))}, Options{}); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Remove(t.Context(), "other:1", func(context.Context) (Needs, error) { return needs(lost[0].RootfsID), nil }); err != nil {
+				t.Fatal(err)
+			}
+			for _, path := range []string{s.rootfsPath(lost[0].RootfsID), s.extraPath(lost[0].RootfsID)} {
+				if exists(path) != (name != "no box") {
+					t.Errorf("%s is there: %v", path, exists(path))
+				}
+			}
+		})
+	}
+	s := newStore(t)
+	failed := errors.New("no answer")
+	for _, remove := range []func(NeedsFunc) (Removed, error){
+		func(f NeedsFunc) (Removed, error) { return s.Remove(t.Context(), "x:1", f) },
+		func(f NeedsFunc) (Removed, error) { return s.Prune(t.Context(), true, f) },
+	} {
+		if _, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, sampleImage(t, "x"), "x:1"))}, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := remove(func(context.Context) (Needs, error) { return Needs{}, failed }); !errors.Is(err, failed) {
+			t.Errorf("nobody knows what boxes need: %v", err)
+		}
+		if _, err := s.Resolve(t.Context(), "x:1"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestConfirm(t *testing.T) {
+	s := newStore(t)
+	img, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "x", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Confirm(t.Context(), img); err != nil {
+		t.Errorf("it is there: %v", err)
+	}
+	if _, err := s.Remove(t.Context(), "x", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Confirm(t.Context(), img); !errors.Is(err, ErrNotFound) {
+		t.Errorf("it is gone: %v", err)
+	}
+}
+
+// What a killed load and a killed writer of the index left is given back, and counted.
+func TestPruneCounts(t *testing.T) {
+	s := newStore(t)
+	kept, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "x", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.MkdirAll(s.path("tmp", "load-dead"), 0o700), os.WriteFile(s.path("tmp", "load-dead", "part-1"), make([]byte, 1<<20), 0o600),
+		os.Link(s.RootfsPath(kept), s.path("tmp", "load-dead", "rootfs_x")), os.WriteFile(s.path(".index.json-1"), make([]byte, 64<<10), 0o600),
+		os.WriteFile(s.blobPath("sha256:00"), make([]byte, 128<<10), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	res, err := s.Prune(t.Context(), false, nil)
+	if err != nil || res.Freed < 1<<20+192<<10 || res.Freed > 1<<20+256<<10 {
+		t.Errorf("%+v, %v", res, err)
+	}
+	checkClean(t, s)
+	if exists(s.path(".index.json-1")) || exists(s.blobPath("sha256:00")) || !exists(s.RootfsPath(kept)) {
+		t.Error("the wrong files are gone")
 	}
 }
 
@@ -490,6 +783,102 @@ func TestDamagedIndex(t *testing.T) {
 		if got := string(mustRead(t, s.path("index.json"))); got != text {
 			t.Errorf("index became %q", got)
 		}
+	}
+}
+
+// Commands may be plain strings, and other fields are what they were.
+func TestPlainCommands(t *testing.T) {
+	im := sampleImage(t, "x")
+	files := dockerFiles(t, map[string]testImage{"x:1": im})
+	conf := bytes.Replace(toJSON(t, im.config()), []byte(`"Cmd":["x"]`), []byte(`"Cmd":"a \u00e9","Entrypoint":"/bin/x","Env":["A=1"],"StopSignal":"SIGRTMIN+3"`), 1)
+	delete(files, hashBytes(toJSON(t, im.config())).Hex+".json")
+	files["config.json"] = conf
+	var list []dockerManifest
+	if err := json.Unmarshal(files[fileManifest], &list); err != nil {
+		t.Fatal(err)
+	}
+	list[0].Config = "config.json"
+	files[fileManifest] = toJSON(t, list)
+	s := newStore(t)
+	imgs, err := s.Load(t.Context(), Source{Path: asDir(t, files)}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := v1.Config{Cmd: []string{"a é"}, Entrypoint: []string{"/bin/x"}, Env: []string{"A=1"}, StopSignal: "SIGRTMIN+3"}
+	if diff := cmp.Diff(want, imgs[0].Config.Config); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff(im.config().RootFS, imgs[0].Config.RootFS); diff != "" {
+		t.Error(diff)
+	}
+	for _, bad := range []string{`{"config":{"Cmd":1}}`, `{"config":{"Entrypoint":{}}}`, `{"config":{"Cmd":[1]}}`} {
+		if _, err := parseConfig([]byte(bad)); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	if c, err := parseConfig([]byte(`{"config":{"Cmd":null,"Entrypoint":[]},"architecture":"x"}`)); err != nil || len(c.Config.Cmd)+len(c.Config.Entrypoint) != 0 || c.Architecture != "x" {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
+
+// One damaged image keeps no other from being listed, used or removed. It can be loaded again, and it can be removed.
+func TestDamagedImage(t *testing.T) {
+	for name, tc := range map[string]struct {
+		damage func(*Store, Image) error
+		unseen bool // to list and resolve
+	}{
+		"no configuration":        {func(s *Store, i Image) error { return os.Remove(s.blobPath(i.ID)) }, false},
+		"truncated configuration": {func(s *Store, i Image) error { return os.Truncate(s.blobPath(i.ID), 20) }, false},
+		"no root file system":     {func(s *Store, i Image) error { return os.Remove(s.rootfsPath(i.RootfsID)) }, false},
+		"no attributes":           {func(s *Store, i Image) error { return os.Remove(s.extraPath(i.RootfsID)) }, false},
+		"no manifest":             {func(s *Store, i Image) error { return os.Remove(s.blobPath(i.Manifest)) }, true},
+		"empty manifest":          {func(s *Store, i Image) error { return os.Truncate(s.blobPath(i.Manifest), 0) }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			bad := asDir(t, ociFiles(t, sampleImage(t, "bad"), "bad:1"))
+			load := func(path string) Image {
+				t.Helper()
+				imgs, err := s.Load(t.Context(), Source{Path: path}, Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return imgs[0]
+			}
+			img := load(bad)
+			load(asDir(t, ociFiles(t, sampleImage(t, "good"), "good:1")))
+			if err := tc.damage(s, img); err != nil {
+				t.Fatal(err)
+			}
+			list, err := s.List(t.Context())
+			if err != nil || len(list) != 2 {
+				t.Fatalf("%+v, %v", list, err)
+			}
+			for _, i := range list {
+				if (i.Damaged != "") != (i.ID == img.ID && !tc.unseen) || len(i.Names) != 1 {
+					t.Errorf("%+v", i)
+				}
+			}
+			if _, err := s.Resolve(t.Context(), "bad:1"); tc.unseen != (err == nil) || err != nil && !strings.Contains(err.Error(), "load it again") {
+				t.Errorf("resolve: %v", err)
+			}
+			if _, err := s.Remove(t.Context(), "good:1", nil); err != nil {
+				t.Error(err)
+			}
+			checkSample(t, s, load(bad), "bad")
+			if list, err := s.List(t.Context()); err != nil || len(list) != 1 || list[0].Damaged != "" {
+				t.Errorf("loaded again: %+v, %v", list, err)
+			}
+			if err := tc.damage(s, img); err != nil {
+				t.Fatal(err)
+			}
+			if res, err := s.Remove(t.Context(), "bad:1", nil); err != nil || len(res.Deleted) != 1 {
+				t.Errorf("%+v, %v", res, err)
+			}
+			if n := countFiles(s.path("blobs")) + countFiles(s.path("rootfs")); n > 0 {
+				t.Errorf("%d files are left", n)
+			}
+		})
 	}
 }
 
@@ -533,6 +922,15 @@ func TestConcurrent(t *testing.T) {
 				}
 				if _, err := s.Prune(t.Context(), false, nil); err != nil {
 					t.Error(err)
+				}
+				for range 20 {
+					list, err := s.List(t.Context())
+					if err != nil || slices.ContainsFunc(list, func(i Image) bool { return i.Damaged != "" }) {
+						t.Errorf("list: %+v, %v", list, err)
+					}
+					if _, err := s.Resolve(t.Context(), "a:1"); err != nil && !errors.Is(err, ErrNotFound) {
+						t.Errorf("resolve: %v", err)
+					}
 				}
 			}
 		})

@@ -14,11 +14,13 @@ const (
 	aheadChunks = 8
 )
 
-// readAhead reads from another stream in a goroutine of its own, so that decompressing and building use two processors.
+// readAhead reads from another stream in a goroutine of its own, so that decompressing and building use two processors, and so that
+// who reads from it need not wait for that stream when its context has ended.
 type readAhead struct {
+	ctx        context.Context
 	full, free chan chunk
 	stop       chan struct{}
-	stopped    sync.WaitGroup
+	stopped    chan struct{}
 	once       sync.Once
 	cur        chunk
 	off        int
@@ -30,16 +32,19 @@ type chunk struct {
 	err error
 }
 
-func newReadAhead(r io.Reader) *readAhead {
+func newReadAhead(ctx context.Context, r io.Reader) *readAhead {
 	a := &readAhead{
-		full: make(chan chunk, aheadChunks),
-		free: make(chan chunk, aheadChunks),
-		stop: make(chan struct{}),
+		ctx:     ctx,
+		full:    make(chan chunk, aheadChunks),
+		free:    make(chan chunk, aheadChunks),
+		stop:    make(chan struct{}),
+		stopped: make(chan struct{}),
 	}
 	for range aheadChunks {
 		a.free <- chunk{}
 	}
-	a.stopped.Go(func() {
+	go func() {
+		defer close(a.stopped)
 		for {
 			var c chunk
 			select {
@@ -60,7 +65,7 @@ func newReadAhead(r io.Reader) *readAhead {
 				return
 			}
 		}
-	})
+	}()
 	return a
 }
 
@@ -76,6 +81,8 @@ func (a *readAhead) Read(p []byte) (int, error) {
 		case a.cur = <-a.full:
 		case <-a.stop:
 			return 0, io.ErrClosedPipe
+		case <-a.ctx.Done():
+			return 0, a.ctx.Err()
 		}
 		a.off = 0
 	}
@@ -87,16 +94,23 @@ func (a *readAhead) Read(p []byte) (int, error) {
 // close ends the goroutine and waits for it; its last read must come to an end, as reads of files do.
 func (a *readAhead) close() {
 	a.once.Do(func() { close(a.stop) })
-	a.stopped.Wait()
+	<-a.stopped
 }
 
-// countingReader bounds and reports what is read.
+// leave is close for a stream that may stall: when the context has ended, the last read is left behind.
+func (a *readAhead) leave() {
+	a.once.Do(func() { close(a.stop) })
+	select {
+	case <-a.stopped:
+	case <-a.ctx.Done():
+	}
+}
+
+// countingReader counts and bounds what is read.
 type countingReader struct {
-	r      io.Reader
-	n      int64
-	left   int64
-	report func(int64)
-	last   int64
+	r    io.Reader
+	n    int64
+	left int64
 }
 
 func (c *countingReader) Read(p []byte) (int, error) {
@@ -104,10 +118,6 @@ func (c *countingReader) Read(p []byte) (int, error) {
 	c.n += int64(n)
 	if c.left -= int64(n); c.left < 0 {
 		return 0, fmt.Errorf("it unfolds to more than the limit: %w", ErrTooLarge)
-	}
-	if c.n-c.last >= 4<<20 || errors.Is(err, io.EOF) {
-		c.last = c.n
-		c.report(c.n)
 	}
 	return n, err
 }

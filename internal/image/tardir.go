@@ -9,7 +9,10 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
+	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -68,6 +71,8 @@ func (d *dirTar) add(name string) error {
 	}
 	hdr.Format, hdr.Name = tar.FormatPAX, name
 	hdr.Uname, hdr.Gname = "", "" // names of this host
+	// The same tree gives the same layer, whoever has looked at it or copied it.
+	hdr.AccessTime, hdr.ChangeTime = time.Time{}, time.Time{}
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok && !fi.IsDir() && st.Nlink > 1 {
 		key := fileKey{uint64(st.Dev), st.Ino}
 		if first, ok := d.links[key]; ok {
@@ -112,17 +117,19 @@ func (d *dirTar) addDir(name string, hdr *tar.Header) error {
 		return err
 	}
 	err = fileXattrs(f, hdr)
+	var entries []fs.DirEntry
+	if err == nil {
+		// Not through the root's FS, to which only UTF-8 is a name.
+		entries, err = f.ReadDir(-1)
+	}
 	f.Close()
 	if err != nil {
 		return fmt.Errorf("%s: %w", quoteName(name), err)
 	}
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 	hdr.Name += "/"
 	if err := d.w.WriteHeader(hdr); err != nil {
 		return fmt.Errorf("%s: %w", quoteName(name), err)
-	}
-	entries, err := fs.ReadDir(d.root.FS(), name)
-	if err != nil {
-		return err
 	}
 	for _, e := range entries {
 		if err := d.add(path.Join(name, e.Name())); err != nil {

@@ -42,6 +42,14 @@ func fileXattrs(f *os.File, hdr *tar.Header) error {
 	return nil
 }
 
+// links is how many names a file has.
+func links(fi fs.FileInfo) int {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return int(st.Nlink)
+	}
+	return 1
+}
+
 // diskSize is the room that a file takes.
 func diskSize(fi fs.FileInfo) int64 {
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok {

@@ -2,11 +2,13 @@ package image
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,13 +21,16 @@ type Limits struct {
 	Bytes   int64 // of unpacked layers, together
 	Entries int   // in all layers, together
 	Layers  int
+	// Metadata bounds the bytes of names, links and attributes, which are held in memory, and of configurations.
+	Metadata int64
 }
 
 // The defaults are several times what the largest images in common use need.
 const (
-	defaultBytes   = 128 << 30
-	defaultEntries = 4 << 20
-	defaultLayers  = 512
+	defaultBytes    = 128 << 30
+	defaultEntries  = 4 << 20
+	defaultLayers   = 512
+	defaultMetadata = 512 << 20
 )
 
 func (l Limits) withDefaults() Limits {
@@ -38,7 +43,20 @@ func (l Limits) withDefaults() Limits {
 	if l.Layers <= 0 {
 		l.Layers = defaultLayers
 	}
+	if l.Metadata <= 0 {
+		l.Metadata = defaultMetadata
+	}
 	return l
+}
+
+// budget is what may still be held in memory.
+type budget struct{ left int64 }
+
+func (b *budget) take(n int) error {
+	if b.left -= int64(n); b.left < 0 {
+		return fmt.Errorf("names, links, attributes and configurations of too many bytes: %w", ErrTooLarge)
+	}
+	return nil
 }
 
 const (
@@ -64,11 +82,24 @@ type tree struct {
 	layer   uint32
 	entries int
 	bytes   int64
+	meta    budget
 	files   []*erofs.Node // every node that ever had contents
+	xattrs  map[*erofs.Node][]Xattr
+
+	// Of the present layer: directories that hold nothing of the layers below any more, so that no number of whiteouts makes the
+	// work more than once; and its names for files of the layers below, whose tags are those layers'.
+	emptied map[*erofs.Node]bool
+	linked  map[place]bool
+}
+
+// place is a name in a directory.
+type place struct {
+	dir  *erofs.Node
+	name string
 }
 
 func newTree(w *erofs.Writer, limits Limits) *tree {
-	return &tree{w: w, limits: limits, root: newDir(0)}
+	return &tree{w: w, limits: limits, meta: budget{limits.Metadata}, root: newDir(0), xattrs: map[*erofs.Node][]Xattr{}}
 }
 
 // newDir is a directory that no layer describes: what Docker makes for a parent that is missing from an archive.
@@ -79,6 +110,7 @@ func newDir(layer uint32) *erofs.Node {
 // apply merges one layer, a plain tar stream, and leaves r after the archive's end mark.
 func (t *tree) apply(ctx context.Context, r io.Reader) error {
 	t.layer++
+	t.emptied, t.linked = map[*erofs.Node]bool{}, map[place]bool{}
 	tr := tar.NewReader(r)
 	for {
 		hdr, err := tr.Next()
@@ -123,12 +155,16 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		}
 		return t.setAttrs(t.root, hdr)
 	}
-	base := path[len(path)-1]
+	// A clone, here and below, since what a header says is part of one string of up to a MiB that would be kept with it.
+	base := strings.Clone(path[len(path)-1])
 	if strings.HasPrefix(base, whiteoutPrefix) {
 		return t.whiteout(path[:len(path)-1], base)
 	}
-	n, err := t.node(hdr)
+	n, err := newNode(hdr)
 	if err != nil {
+		return err
+	}
+	if err := t.meta.take(len(base) + len(n.Target)); err != nil {
 		return err
 	}
 	dir, err := t.walk(path[:len(path)-1], true)
@@ -141,12 +177,14 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		if n, err = t.linkTarget(hdr.Linkname); err != nil {
 			return err
 		}
-		if n == old {
-			return nil
+		dir.Children[base] = n
+		if n.Tag != t.layer {
+			t.linked[place{dir, base}] = true
 		}
+		return nil
 	case n.IsDir() && old != nil && old.IsDir():
 		// A directory that is there already keeps what it holds and takes the new attributes.
-		n.Children = old.Children
+		n = old
 	case n.Type() == erofs.TypeRegular:
 		if hdr.Size > t.limits.Bytes-t.bytes {
 			return fmt.Errorf("contents exceed %d bytes in all: %w", t.limits.Bytes, ErrTooLarge)
@@ -160,11 +198,11 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		}
 	}
 	dir.Children[base] = n
-	return nil
+	return t.setAttrs(n, hdr)
 }
 
-// node makes the node that a header describes; for a hard link there is none yet.
-func (t *tree) node(hdr *tar.Header) (*erofs.Node, error) {
+// newNode makes the node that a header describes, without its attributes; for a hard link there is none yet.
+func newNode(hdr *tar.Header) (*erofs.Node, error) {
 	n := &erofs.Node{}
 	switch hdr.Typeflag {
 	case tar.TypeReg, '\x00', tar.TypeCont, tar.TypeGNUSparse: // 0 is how archives from before POSIX mark a file
@@ -175,7 +213,7 @@ func (t *tree) node(hdr *tar.Header) (*erofs.Node, error) {
 		if hdr.Linkname == "" || len(hdr.Linkname) > erofs.MaxTarget || strings.IndexByte(hdr.Linkname, 0) >= 0 {
 			return nil, errors.New("symbolic link with an empty or overlong target")
 		}
-		n.Mode, n.Target = erofs.TypeSymlink, hdr.Linkname
+		n.Mode, n.Target = erofs.TypeSymlink, strings.Clone(hdr.Linkname)
 	case tar.TypeChar:
 		n.Mode = erofs.TypeChar
 	case tar.TypeBlock:
@@ -194,7 +232,7 @@ func (t *tree) node(hdr *tar.Header) (*erofs.Node, error) {
 		}
 		n.Major, n.Minor = uint32(hdr.Devmajor), uint32(hdr.Devminor)
 	}
-	return n, t.setAttrs(n, hdr)
+	return n, nil
 }
 
 // setAttrs copies owner, permissions, time and extended attributes.
@@ -211,15 +249,29 @@ func (t *tree) setAttrs(n *erofs.Node, hdr *tar.Header) error {
 	n.ModTime = hdr.ModTime
 	n.Tag = t.layer
 	xs, err := tarXattrs(hdr)
-	n.Xattrs = xs
-	return err
+	if err != nil {
+		return err
+	}
+	delete(t.xattrs, n)
+	for _, x := range xs {
+		if err := t.meta.take(xattrCost + len(x.Name) + len(x.Value)); err != nil {
+			return err
+		}
+	}
+	if len(xs) > 0 {
+		t.xattrs[n] = xs
+	}
+	return nil
 }
+
+// xattrCost is what an attribute takes beside its name and value.
+const xattrCost = 64
 
 // tarXattrs reads the extended attributes of a header. Those of overlay file systems are left out: they would not describe this
 // file but change what the box's own overlay makes of it.
-func tarXattrs(hdr *tar.Header) ([]erofs.Xattr, error) {
+func tarXattrs(hdr *tar.Header) ([]Xattr, error) {
 	const pax = "SCHILY.xattr."
-	var xs []erofs.Xattr
+	var xs []Xattr
 	size := 0
 	for key, value := range hdr.PAXRecords {
 		name, ok := strings.CutPrefix(key, pax)
@@ -232,9 +284,9 @@ func tarXattrs(hdr *tar.Header) ([]erofs.Xattr, error) {
 		if size += len(name) + len(value); size > maxXattrs {
 			return nil, fmt.Errorf("more than %d bytes of extended attributes: %w", maxXattrs, ErrTooLarge)
 		}
-		xs = append(xs, erofs.Xattr{Name: name, Value: []byte(value)})
+		xs = append(xs, Xattr{Name: strings.Clone(name), Value: []byte(value)})
 	}
-	sortXattrs(xs)
+	slices.SortFunc(xs, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
 	return xs, nil
 }
 
@@ -304,9 +356,12 @@ func (t *tree) walk(path []string, create bool) (*erofs.Node, error) {
 			if t.entries++; t.entries > t.limits.Entries {
 				return nil, fmt.Errorf("more than %d entries: %w", t.limits.Entries, ErrTooLarge)
 			}
+			if err := t.meta.take(len(name)); err != nil {
+				return nil, err
+			}
 			n = newDir(t.layer)
 			n.ModTime = time.Time{}
-			dir.Children[name] = n
+			dir.Children[strings.Clone(name)] = n
 		}
 		if len(stack) > maxDepth {
 			return nil, fmt.Errorf("more than %d directories deep: %w", maxDepth, ErrTooLarge)
@@ -371,47 +426,27 @@ func (t *tree) hide(dir *erofs.Node, name string) {
 	if n.IsDir() {
 		t.hideChildren(n)
 	}
-	if n.Tag != t.layer && len(n.Children) == 0 {
+	if n.Tag != t.layer && len(n.Children) == 0 && !t.linked[place{dir, name}] {
 		delete(dir.Children, name)
 	}
 }
 
 // hideChildren empties a directory of what the layers below put there. Depth is bounded by walk.
 func (t *tree) hideChildren(dir *erofs.Node) {
+	if t.emptied[dir] {
+		return
+	}
+	t.emptied[dir] = true
 	for name := range dir.Children {
 		t.hide(dir, name)
 	}
 }
 
-// finish gives back the contents that ended up hidden and returns the tree, with the extended attributes that its files have.
-func (t *tree) finish() (*erofs.Node, []Extra) {
-	type item struct {
-		path string
-		n    *erofs.Node
-	}
-	var extras []Extra
-	todo := []item{{"/", t.root}}
-	for len(todo) > 0 {
-		it := todo[len(todo)-1]
-		todo = todo[:len(todo)-1]
-		if it.n.Tag == live {
-			continue // another name of a file that was seen
-		}
-		it.n.Tag = live
-		x := Extra{Path: it.path, Xattrs: it.n.Xattrs}
-		if t := it.n.Type(); t == erofs.TypeChar || t == erofs.TypeBlock {
-			x.Device = &Device{Mode: uint32(it.n.Mode), UID: it.n.UID, GID: it.n.GID, Major: it.n.Major, Minor: it.n.Minor}
-		}
-		if len(x.Xattrs) > 0 || x.Device != nil {
-			extras = append(extras, x)
-		}
-		if !it.n.IsDir() {
-			continue
-		}
-		prefix := strings.TrimSuffix(it.path, "/") + "/"
-		for _, name := range sortedKeys(it.n.Children) {
-			todo = append(todo, item{prefix + name, it.n.Children[name]})
-		}
+// finish gives back the contents that ended up hidden and returns the tree, with what gVisor does not read of it.
+func (t *tree) finish() (*erofs.Node, []Extra, error) {
+	extras := []Extra{}
+	if err := t.mark(t.root, nil, &extras); err != nil {
+		return nil, nil, err
 	}
 	for _, n := range t.files {
 		if n.Tag != live {
@@ -419,5 +454,35 @@ func (t *tree) finish() (*erofs.Node, []Extra) {
 		}
 	}
 	t.files = nil
-	return t.root, extras
+	return t.root, extras, nil
+}
+
+// mark marks what is in the tree below a directory as live and gathers its extras. The path is one buffer for all of it: below a
+// long one, a path for each file would be more than memory holds.
+func (t *tree) mark(n *erofs.Node, path []byte, extras *[]Extra) error {
+	x := Extra{}
+	if n.Tag != live {
+		// An attribute is set on one name of a file only: the others are the same file.
+		x.Xattrs = t.xattrs[n]
+	}
+	n.Tag = live
+	if typ := n.Type(); typ == erofs.TypeChar || typ == erofs.TypeBlock {
+		x.Device = &Device{Mode: uint32(n.Mode), UID: n.UID, GID: n.GID, Major: n.Major, Minor: n.Minor}
+	}
+	if len(x.Xattrs) > 0 || x.Device != nil {
+		x.Path = bytes.Clone(path)
+		if len(path) == 0 {
+			x.Path = []byte("/")
+		}
+		if err := t.meta.take(len(x.Path)); err != nil {
+			return err
+		}
+		*extras = append(*extras, x)
+	}
+	for _, name := range sortedKeys(n.Children) {
+		if err := t.mark(n.Children[name], append(append(path, '/'), name...), extras); err != nil {
+			return err
+		}
+	}
+	return nil
 }

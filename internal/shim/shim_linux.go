@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -411,14 +412,14 @@ func (s *shim) extras(conf *wire.Setup, images *image.Store) error {
 	}
 	for _, e := range extras {
 		// The agent fills /dev itself.
-		if d := e.Device; d != nil && !strings.HasPrefix(e.Path, "/dev/") {
+		if d := e.Device; d != nil && !bytes.HasPrefix(e.Path, []byte("/dev/")) {
 			conf.Devices = append(conf.Devices, wire.SetupDevice{Path: e.Path, Mode: d.Mode, UID: d.UID, GID: d.GID, Major: d.Major, Minor: d.Minor})
 		}
 		for _, x := range e.Xattrs {
 			if strings.HasPrefix(x.Name, "user.") {
 				conf.Xattrs = append(conf.Xattrs, wire.SetupXattr{Path: e.Path, Name: x.Name, Value: x.Value})
 			} else {
-				s.log.Warn("gVisor has no such attribute", "file", e.Path, "name", x.Name)
+				s.log.Warn("gVisor has no such attribute", "file", string(e.Path), "name", x.Name)
 			}
 		}
 	}

@@ -57,14 +57,14 @@ type SetupFile struct {
 
 // SetupXattr is an extended attribute of a file of the image. It is set in the writable layer, and so once in a box's life.
 type SetupXattr struct {
-	Path  string `json:"path"`
+	Path  []byte `json:"path"` // names of an image need not be UTF-8
 	Name  string `json:"name"`
 	Value []byte `json:"value"`
 }
 
 // SetupDevice is a device file of the image, made in the writable layer once in a box's life.
 type SetupDevice struct {
-	Path  string `json:"path"`
+	Path  []byte `json:"path"`
 	Mode  uint32 `json:"mode"` // type and permissions
 	UID   uint32 `json:"uid,omitempty"`
 	GID   uint32 `json:"gid,omitempty"`

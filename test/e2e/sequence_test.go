@@ -545,6 +545,13 @@ func TestFullDisk(t *testing.T) {
 	h := homeOn(t, dir)
 	h.run("run", "-d", "--name", "b", "base", "sleep", "1000")
 	h.run("exec", "b", "sh", "-c", "echo kept > /root/kept; sync")
+	rootfs := t.TempDir()
+	for _, name := range []string{"one", "two", "three"} {
+		if err := os.WriteFile(filepath.Join(rootfs, "name"), []byte(name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		h.run("import", rootfs, name)
+	}
 	fill := filepath.Join(dir, "fill")
 	full := func() {
 		t.Helper()
@@ -575,6 +582,10 @@ func TestFullDisk(t *testing.T) {
 	}
 	h.run("ps", "-a")
 	full()
+	h.run("rmi", "one")
+	full()
+	h.run("rmi", "two")
+	full()
 	h.run("stop", "-t", "1", "b")
 	h.noneLeft("after stop on a full disk")
 	full()
@@ -589,6 +600,11 @@ func TestFullDisk(t *testing.T) {
 	h.run("rm", "-f", "b")
 	h.noneLeft("after rm -f on a full disk")
 	h.try("rm", "-f", "c")
+	full()
+	h.run("prune", "-a", "-f")
+	if out := h.run("images", "-q"); out != "" {
+		t.Errorf("images left: %s", out)
+	}
 	if out := h.run("ps", "-aq"); out != "" {
 		t.Errorf("boxes left: %s", out)
 	}
