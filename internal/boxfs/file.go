@@ -241,7 +241,21 @@ func (f *file) create(name string, typ uint32, m meta, content string) (int, err
 	}
 	// It gets its name only when it is whole: a server may be killed between any two steps.
 	tmp := tmpName()
-	fd, err := unix.Openat(f.fd, tmp, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, filePerm)
+	fd, err := makeTemp(f.fd, tmp, typ, m, content)
+	if err != nil {
+		return -1, err
+	}
+	if err := unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE); err != nil {
+		_ = unix.Unlinkat(f.fd, tmp, 0)
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// makeTemp makes a plain file that stands for a guest object, under a name that no guest sees.
+func makeTemp(dir int, tmp string, typ uint32, m meta, content string) (int, error) {
+	fd, err := unix.Openat(dir, tmp, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, filePerm)
 	if err != nil {
 		return -1, err
 	}
@@ -252,11 +266,8 @@ func (f *file) create(name string, typ uint32, m meta, content string) (int, err
 	if err == nil && content != "" {
 		_, err = unix.Pwrite(fd, []byte(content), 0)
 	}
-	if err == nil {
-		err = unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE)
-	}
 	if err != nil {
-		_ = unix.Unlinkat(f.fd, tmp, 0)
+		_ = unix.Unlinkat(dir, tmp, 0)
 		unix.Close(fd)
 		return -1, err
 	}
@@ -401,9 +412,15 @@ func (f *file) Mknod(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name s
 		unix.Close(open)
 		return f.finish(fd, name)
 	}
-	m := newMeta(mode, uid, gid)
-	m.major, m.minor = major, minor
-	fd, err := f.create(name, typ, m, "")
+	var fd int
+	var err error
+	if isWhiteout(mode, major, minor) {
+		fd, err = f.whiteout(name)
+	} else {
+		m := newMeta(mode, uid, gid)
+		m.major, m.minor = major, minor
+		fd, err = f.create(name, typ, m, "")
+	}
 	if err != nil {
 		return nil, lisafs.Statx{}, err
 	}
@@ -494,6 +511,11 @@ func (f *file) Unlink(name string, flags uint32) error {
 	if f.t.reserved(name) {
 		return unix.ENOENT
 	}
+	if !f.t.o.Host {
+		if err := f.t.prepare(); err != nil {
+			return err
+		}
+	}
 	err := unix.Unlinkat(f.fd, name, int(flags))
 	if err == unix.ENOTEMPTY && !f.t.o.Host && f.sweep(name) {
 		err = unix.Unlinkat(f.fd, name, int(flags))
@@ -530,6 +552,11 @@ func (f *file) RenameAt2(from string, dir lisafs.ControlFDImpl, to string, flags
 	}
 	if f.t.reserved(to) || flags&^(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) != 0 {
 		return unix.EINVAL
+	}
+	if !f.t.o.Host {
+		if err := f.t.prepare(); err != nil {
+			return err
+		}
 	}
 	err := unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
 	if err == unix.ENOTEMPTY && !f.t.o.Host && d.sweep(to) {

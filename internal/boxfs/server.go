@@ -59,8 +59,9 @@ func Serve(sock, root *os.File, o Options) (err error) {
 
 // tree implements [lisafs.ConnectionImpl].
 type tree struct {
-	o    Options
-	root int
+	o     Options
+	root  int
+	white whiteouts
 }
 
 // Mount implements [lisafs.ConnectionImpl].
@@ -73,6 +74,9 @@ func (t *tree) Mount(c *lisafs.Connection, node *lisafs.Node) (*lisafs.ControlFD
 	if err != nil {
 		unix.Close(fd)
 		return nil, lisafs.Statx{}, -1, err
+	}
+	if !t.o.Host && !t.o.ReadOnly {
+		_ = t.prepare() // while there is room; it is tried again before it is needed
 	}
 	f := &file{t: t, fd: fd}
 	node.IncRef()
