@@ -1,6 +1,11 @@
 package e2e
 
-import "testing"
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
 
 // TestRenameToOwnLink: what any user of a box may do to two names of one file does not end the box.
 func TestRenameToOwnLink(t *testing.T) {
@@ -18,4 +23,27 @@ func TestRenameToOwnLink(t *testing.T) {
 		t.Errorf("at the end: %q", got)
 	}
 	h.run("rm", "-f", "b")
+}
+
+// TestCoveredProc runs a box where no /proc can be mounted, as in the containers of Docker and Podman.
+func TestCoveredProc(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("covering a part of /proc needs root")
+	}
+	h := newHome(t)
+	vol := t.TempDir()
+	script := `mount -t tmpfs none /proc/fs && exec "$0" "$@"`
+	c := h.cmd("run", "--rm", "-v", vol+":/vol", "base", "sh", "-c",
+		"cd /root && echo hello >f && ln f g && chmod 600 g && touch f && cat g /etc/hostname >/dev/null && cp f /vol/f && chmod 604 /vol/f && cat f")
+	c.Args = append([]string{"unshare", "-m", "sh", "-c", script, c.Path}, c.Args[1:]...)
+	var err error
+	if c.Path, err = exec.LookPath("unshare"); err != nil {
+		t.Skip(err)
+	}
+	if out, err := c.CombinedOutput(); err != nil || string(out) != "hello\n" {
+		t.Errorf("%v: %s", err, out)
+	}
+	if st, err := os.Stat(filepath.Join(vol, "f")); err != nil || st.Mode() != 0o604 {
+		t.Errorf("%v, %v", st, err)
+	}
 }
