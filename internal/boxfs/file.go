@@ -184,7 +184,11 @@ func (f *file) chown(req lisafs.SetStatReq) error {
 		if req.Mask&unix.STATX_GID != 0 {
 			gid = int(uint32(req.GID) + f.t.o.IDOffset)
 		}
-		return unix.Fchownat(f.fd, "", uid, gid, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+		err := unix.Fchownat(f.fd, "", uid, gid, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+		if errors.Is(err, unix.EINVAL) {
+			return unix.EPERM // an id that has no place in this user namespace: programs know what that means
+		}
+		return err
 	}
 	return f.change(func(m *meta) {
 		if req.Mask&unix.STATX_UID != 0 {
@@ -228,10 +232,7 @@ func (f *file) utimes(req lisafs.SetStatReq) error {
 	if req.Mask&unix.STATX_MTIME != 0 {
 		ts[1] = unix.Timespec{Sec: req.Mtime.Sec, Nsec: int64(req.Mtime.Nsec)}
 	}
-	if f.t.o.Host && f.IsSymlink() {
-		return unix.EOPNOTSUPP
-	}
-	return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(f.fd), ts, 0)
+	return unix.UtimesNanoAt(f.fd, "", ts, unix.AT_EMPTY_PATH)
 }
 
 // create makes a plain file that stands for a guest object of any type but directories.
@@ -291,7 +292,8 @@ func newMeta(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID) meta {
 	return m
 }
 
-// own gives a new object of a volume the owner that the guest asks for, if it is not the serving user's already.
+// own gives a new object of a volume the owner that the guest asks for, if it is not the serving user's already. Where it can be nobody
+// else's, as in the boxes of an ordinary user, it stays the serving user's: the guest's kernel has allowed its maker to make it.
 func (f *file) own(fd int, uid lisafs.UID, gid lisafs.GID) error {
 	u, g := -1, -1
 	if uid.Ok() {
@@ -300,7 +302,12 @@ func (f *file) own(fd int, uid lisafs.UID, gid lisafs.GID) error {
 	if gid.Ok() {
 		g = int(uint32(gid) + f.t.o.IDOffset)
 	}
-	return unix.Fchownat(fd, "", u, g, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+	err := unix.Fchownat(fd, "", u, g, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+	// The second is for ids that have no place in this user namespace.
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	return err
 }
 
 // createHost makes a plain file of a volume. It returns the descriptor that stands for it, and the one that it was made with: the

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -21,6 +22,26 @@ func TestRenameToOwnLink(t *testing.T) {
 	}
 	if got := h.run("exec", "b", "sh", "-c", "cd /root && mv a e && rm b d/c && cat e && ls"); got != "hello\nd\ne" {
 		t.Errorf("at the end: %q", got)
+	}
+	h.run("rm", "-f", "b")
+}
+
+// TestVolumeOwners: what cannot be done to a volume's file fails in the box, too, and any of its users can make files where all may.
+func TestVolumeOwners(t *testing.T) {
+	h := newHome(t)
+	vol := t.TempDir()
+	for _, d := range []string{filepath.Dir(vol), vol} { // for the box's user, and in the box for everybody
+		if err := os.Chmod(d, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.run("run", "-d", "--name", "b", "-v", vol+":/vol", "base", "sleep", "1000")
+	h.run("exec", "b", "sh", "-c", "echo root >/vol/root && touch /vol/root && chmod 640 /vol/root && ln -s root /vol/link")
+	if out, code := h.try("exec", "b", "sh", "-c", "chown 4000000000 /vol/root 2>&1"); code == 0 || !strings.Contains(out, "not permitted") {
+		t.Errorf("a file was given to an id that there is not: code %d, %q", code, out)
+	}
+	if got := h.run("exec", "-u", "1000", "b", "sh", "-c", "echo user >/vol/user && mkdir /vol/dir && cat /vol/user"); got != "user" {
+		t.Errorf("%q", got)
 	}
 	h.run("rm", "-f", "b")
 }
