@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/signal"
 	"runtime/debug"
 	"sync"
 	"syscall"
@@ -42,6 +43,7 @@ type Agent struct {
 	meet   wire.Meeting
 	reap   *reaper
 	users  userDB
+	proc   procfs
 
 	mu         sync.Mutex
 	configured bool
@@ -89,6 +91,10 @@ func Run(ctx context.Context, cfg Config) error {
 		log: cfg.Log, rootfs: cfg.Rootfs, sess: sess, configured: cfg.Rootfs == nil,
 		reap: newReaper(), quit: make(chan struct{}), env: map[string]string{},
 	}
+	defer a.proc.close()
+	if os.Getpid() == 1 {
+		defer shield()()
+	}
 	unix.Umask(0o022)
 	sealDescriptors()
 	ctx, cancel := context.WithCancel(ctx)
@@ -119,6 +125,20 @@ func Run(ctx context.Context, cfg Config) error {
 	a.work.Wait()
 	a.reap.close()
 	return nil
+}
+
+// shield takes every signal that can be taken and lets it have no effect, as Linux does for the first process of a pid namespace: any
+// that root of the box sends would end the box. What the agent starts has the defaults again. It returns what undoes it.
+func shield() func() {
+	nowhere := make(chan os.Signal, 1) // what does not fit is dropped
+	for n := syscall.Signal(1); n <= 64; n++ {
+		switch n {
+		case unix.SIGKILL, unix.SIGSTOP, unix.SIGCHLD, unix.SIGURG: // not to be had, and what the reaper and the runtime use
+		default:
+			signal.Notify(nowhere, n)
+		}
+	}
+	return func() { signal.Stop(nowhere) }
 }
 
 // sealDescriptors keeps what the agent was started with from what it starts.
@@ -183,7 +203,7 @@ func (a *Agent) serve(ctx context.Context, h wire.Header, s *wire.Stream) {
 		ps, err := a.processes()
 		wire.Reply(s, ps, err)
 	case wire.OpStats:
-		st, err := stats()
+		st, err := a.stats()
 		wire.Reply(s, st, err)
 	case wire.OpSync:
 		unix.Sync()
@@ -240,6 +260,9 @@ func (a *Agent) configure(s wire.Setup) (wire.Info, error) {
 		var err error
 		if warnings, err = a.rootfs.Enter(s); err != nil {
 			return wire.Info{}, err
+		}
+		if err = a.proc.own(); err != nil {
+			warnings = append(warnings, "keep a view of processes: "+err.Error())
 		}
 	}
 	a.env["HOSTNAME"] = s.Hostname

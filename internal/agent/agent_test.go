@@ -130,7 +130,7 @@ func eventually(t *testing.T, what string, cond func() bool) {
 }
 
 func alive(pid int) bool {
-	st, err := readStat(pid)
+	st, err := new(procfs).stat(pid)
 	return err == nil && !st.dead()
 }
 

@@ -158,7 +158,7 @@ func (a *Agent) await(req wire.ExecRequest, att *wire.Attachment, p *proc, clien
 			return timedOut
 		case <-timeout:
 			timedOut = true
-			killSession(p.child.pid)
+			a.killSession(p.child)
 			timeout = nil
 		case <-clientGone:
 			clientGone = nil
@@ -170,7 +170,7 @@ func (a *Agent) await(req wire.ExecRequest, att *wire.Attachment, p *proc, clien
 				p.stdout.Close()
 				waitFor(p.child.done, hangupGrace)
 			}
-			killSession(p.child.pid)
+			a.killSession(p.child)
 		case <-outGone:
 			// The process sees what it would see of a closed pipe, or terminal.
 			p.stdout.Close()

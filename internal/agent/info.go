@@ -21,13 +21,13 @@ const (
 )
 
 func (a *Agent) processes() ([]wire.ProcessInfo, error) {
-	up := uptime()
+	up := a.uptime()
 	self := os.Getpid()
 	out := []wire.ProcessInfo{}
 	size := 0
 	names := make(map[uint32]string)
-	for _, pid := range pids() {
-		st, err := readStat(pid)
+	for _, pid := range a.proc.pids() {
+		st, err := a.proc.stat(pid)
 		if pid == self || err != nil {
 			continue // gone meanwhile
 		}
@@ -40,16 +40,14 @@ func (a *Agent) processes() ([]wire.ProcessInfo, error) {
 			Age: max(0, up-time.Duration(st.start)*(time.Second/ticks)),
 			RSS: st.rss * int64(os.Getpagesize()),
 		}
-		dir := "/proc/" + strconv.Itoa(pid)
-		var sys unix.Stat_t
-		if unix.Stat(dir, &sys) == nil {
-			p.UID = sys.Uid
+		if uid, ok := a.proc.owner(pid); ok {
+			p.UID = uid
 			if _, ok := names[p.UID]; !ok {
 				names[p.UID] = a.users.nameOf(p.UID)
 			}
 			p.User = names[p.UID]
 		}
-		cmd, _ := os.ReadFile(dir + "/cmdline")
+		cmd, _ := a.proc.read(strconv.Itoa(pid) + "/cmdline")
 		cmd = bytes.TrimRight(cmd[:min(len(cmd), maxCommand)], "\x00")
 		if len(cmd) == 0 {
 			p.Command = []string{"[" + st.comm + "]"}
@@ -65,16 +63,16 @@ func (a *Agent) processes() ([]wire.ProcessInfo, error) {
 	return out, nil
 }
 
-func uptime() time.Duration {
-	data, _ := os.ReadFile("/proc/uptime")
+func (a *Agent) uptime() time.Duration {
+	data, _ := a.proc.read("uptime")
 	f, _, _ := strings.Cut(string(data), " ")
 	sec, _ := strconv.ParseFloat(f, 64)
 	return time.Duration(sec * float64(time.Second))
 }
 
-func stats() (wire.Stats, error) {
-	st := wire.Stats{Uptime: uptime(), Processes: max(0, len(pids())-1)}
-	mem, err := os.ReadFile("/proc/meminfo")
+func (a *Agent) stats() (wire.Stats, error) {
+	st := wire.Stats{Uptime: a.uptime(), Processes: max(0, len(a.proc.pids())-1)}
+	mem, err := a.proc.read("meminfo")
 	if err != nil {
 		return st, err
 	}
@@ -95,7 +93,7 @@ func stats() (wire.Stats, error) {
 	if unix.Statfs("/", &fs) == nil {
 		st.DiskTotal, st.DiskFree = int64(fs.Blocks)*fs.Bsize, int64(fs.Bavail)*fs.Bsize
 	}
-	if self, err := readStat(os.Getpid()); err == nil {
+	if self, err := a.proc.stat(os.Getpid()); err == nil {
 		st.AgentRSS = self.rss * int64(os.Getpagesize())
 	}
 	return st, nil

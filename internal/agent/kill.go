@@ -12,11 +12,13 @@ import (
 // killSession kills every process of a session and repeats until a look at the whole table finds none twice in a row: a
 // process that forks while we look may have put its child where we had already been. A process that made a session of its own
 // is no longer part of this one, on purpose: that is what a daemon does.
-func killSession(sid int) {
+func (a *Agent) killSession(c *child) {
+	// What the process is waited for by needs no table.
+	a.reap.kill(c)
 	deadline := time.Now().Add(killBound)
 	pause := 200 * time.Microsecond
 	for clean := 0; clean < 2 && time.Now().Before(deadline); {
-		n := signalSession(sid, unix.SIGKILL)
+		n := a.signalSession(c.pid, unix.SIGKILL)
 		if n == 0 {
 			clean++
 			continue
@@ -28,10 +30,10 @@ func killSession(sid int) {
 }
 
 // signalSession signals the live processes of a session and returns how many there were.
-func signalSession(sid int, sig unix.Signal) int {
+func (a *Agent) signalSession(sid int, sig unix.Signal) int {
 	n := 0
 	self := os.Getpid()
-	for _, pid := range pids() {
+	for _, pid := range a.proc.pids() {
 		if pid == self {
 			continue
 		}
@@ -39,7 +41,7 @@ func signalSession(sid int, sig unix.Signal) int {
 			continue
 		}
 		// A dead process that its parent has not collected has a session, and never goes by a signal.
-		if st, err := readStat(pid); err != nil || st.dead() {
+		if st, err := a.proc.stat(pid); err != nil || st.dead() {
 			continue
 		}
 		_ = unix.Kill(pid, sig)
@@ -56,10 +58,10 @@ func (a *Agent) killAll() {
 		left := 0
 		if os.Getpid() == 1 {
 			_ = unix.Kill(-1, unix.SIGKILL)
-			left = others()
+			left = a.others()
 		} else {
 			for _, c := range a.reap.live() {
-				killSession(c.pid)
+				a.killSession(c)
 				left++
 			}
 		}
@@ -73,38 +75,18 @@ func (a *Agent) killAll() {
 }
 
 // others counts live processes that are not the agent.
-func others() int {
+func (a *Agent) others() int {
 	n := 0
-	for _, pid := range pids() {
+	for _, pid := range a.proc.pids() {
 		if pid == os.Getpid() {
 			continue
 		}
 		// Kernel threads, in a virtual machine, have no memory of their own and no signal ends them.
-		if st, err := readStat(pid); err == nil && !st.dead() && st.vsize > 0 {
+		if st, err := a.proc.stat(pid); err == nil && !st.dead() && st.vsize > 0 {
 			n++
 		}
 	}
 	return n
-}
-
-// pids reads the process table.
-func pids() []int {
-	d, err := os.Open("/proc")
-	if err != nil {
-		return nil
-	}
-	defer d.Close()
-	names, _ := d.Readdirnames(-1)
-	out := make([]int, 0, len(names))
-	for _, n := range names {
-		if n[0] < '0' || n[0] > '9' {
-			continue
-		}
-		if pid, err := strconv.Atoi(n); err == nil {
-			out = append(out, pid)
-		}
-	}
-	return out
 }
 
 // procStat is what we use of /proc/PID/stat.
@@ -119,14 +101,6 @@ type procStat struct {
 }
 
 func (s procStat) dead() bool { return s.state == 'Z' || s.state == 'X' }
-
-func readStat(pid int) (procStat, error) {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return procStat{}, err
-	}
-	return parseStat(string(data))
-}
 
 // parseStat reads a line of /proc/PID/stat. The name in it is free text and may hold anything, parentheses too: the fields
 // begin after the last one.

@@ -114,6 +114,16 @@ func (r *reaper) signal(c *child, sig syscall.Signal) {
 	}
 }
 
+// kill ends a process of ours that has not been collected, and its process group, which it leads from its start on.
+func (r *reaper) kill(c *child) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !c.ended {
+		_ = syscall.Kill(-c.pid, unix.SIGKILL)
+		_ = syscall.Kill(c.pid, unix.SIGKILL)
+	}
+}
+
 // live lists what we started and has not been collected.
 func (r *reaper) live() []*child {
 	r.mu.Lock()

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"archive/tar"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -80,6 +81,9 @@ func writeTar(w io.Writer, req wire.PathRequest) error {
 			rel, _ := filepath.Rel(root, p)
 			err = t.add(p, path.Join(base, rel))
 		}
+		if err == nil && root == "/" && ofKernel(p) {
+			return fs.SkipDir
+		}
 		if p != root && errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
@@ -89,6 +93,15 @@ func writeTar(w io.Writer, req wire.PathRequest) error {
 		return fileError(err)
 	}
 	return t.tw.Close()
+}
+
+// ofKernel tells the mounts of every box whose content is none of its files, and has no end.
+func ofKernel(p string) bool {
+	if p != "/proc" && p != "/sys" && p != "/dev" {
+		return false
+	}
+	var st, root unix.Stat_t
+	return unix.Lstat(p, &st) == nil && unix.Lstat("/", &root) == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR && st.Dev != root.Dev
 }
 
 type tarWriter struct {
@@ -149,6 +162,18 @@ func (t *tarWriter) add(p, name string) error {
 			hdr.PAXRecords[paxXattr+k] = v
 		}
 	}
+	var content io.Reader = f
+	if hdr.Typeflag == tar.TypeReg && hdr.Size == 0 {
+		// Files of /proc and /sys do not know their size.
+		b, err := io.ReadAll(io.LimitReader(f, maxUnsized+1))
+		if err != nil {
+			return fmt.Errorf("archive %s: %w", p, err)
+		}
+		if hdr.Size = int64(len(b)); hdr.Size > maxUnsized {
+			return fmt.Errorf("archive %s: it says that it is empty and has more than %d bytes: save it to a file first", p, maxUnsized)
+		}
+		content = bytes.NewReader(b)
+	}
 	if err := t.tw.WriteHeader(hdr); err != nil {
 		return fmt.Errorf("archive %s: %w", p, err)
 	}
@@ -156,12 +181,15 @@ func (t *tarWriter) add(p, name string) error {
 		return nil
 	}
 	// A file that grows is cut at the size it had; one that shrinks would leave the archive broken.
-	n, err := io.CopyN(t.tw, f, hdr.Size)
+	n, err := io.CopyN(t.tw, content, hdr.Size)
 	if errors.Is(err, io.EOF) {
 		return fmt.Errorf("archive %s: it became shorter while it was read (%d of %d bytes)", p, n, hdr.Size)
 	}
 	return err
 }
+
+// maxUnsized bounds what is held in memory of a file that does not tell its size.
+const maxUnsized = 4 << 20
 
 func xattrs(p string) map[string]string {
 	size, err := unix.Llistxattr(p, nil)

@@ -115,7 +115,7 @@ func checkStored(t *testing.T, root string) {
 			return err
 		}
 		kind := st.Mode & unix.S_IFMT
-		dir := kind == unix.S_IFDIR && st.Mode&0o7777 == 0o700
+		dir := kind == unix.S_IFDIR && st.Mode&0o7777&^opaqueBit == 0o700
 		// What kind of object a plain file stands for is in the group's bits.
 		file := kind == unix.S_IFREG && st.Mode&0o7707 == 0o600
 		if int(st.Uid) != os.Geteuid() || !dir && !file {

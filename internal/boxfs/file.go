@@ -184,7 +184,11 @@ func (f *file) chown(req lisafs.SetStatReq) error {
 		if req.Mask&unix.STATX_GID != 0 {
 			gid = int(uint32(req.GID) + f.t.o.IDOffset)
 		}
-		return unix.Fchownat(f.fd, "", uid, gid, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+		err := unix.Fchownat(f.fd, "", uid, gid, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+		if errors.Is(err, unix.EINVAL) {
+			return unix.EPERM // an id that has no place in this user namespace: programs know what that means
+		}
+		return err
 	}
 	return f.change(func(m *meta) {
 		if req.Mask&unix.STATX_UID != 0 {
@@ -228,10 +232,7 @@ func (f *file) utimes(req lisafs.SetStatReq) error {
 	if req.Mask&unix.STATX_MTIME != 0 {
 		ts[1] = unix.Timespec{Sec: req.Mtime.Sec, Nsec: int64(req.Mtime.Nsec)}
 	}
-	if f.t.o.Host && f.IsSymlink() {
-		return unix.EOPNOTSUPP
-	}
-	return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(f.fd), ts, 0)
+	return unix.UtimesNanoAt(f.fd, "", ts, unix.AT_EMPTY_PATH)
 }
 
 // create makes a plain file that stands for a guest object of any type but directories.
@@ -241,7 +242,21 @@ func (f *file) create(name string, typ uint32, m meta, content string) (int, err
 	}
 	// It gets its name only when it is whole: a server may be killed between any two steps.
 	tmp := tmpName()
-	fd, err := unix.Openat(f.fd, tmp, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, filePerm)
+	fd, err := makeTemp(f.fd, tmp, typ, m, content)
+	if err != nil {
+		return -1, err
+	}
+	if err := unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE); err != nil {
+		_ = unix.Unlinkat(f.fd, tmp, 0)
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// makeTemp makes a plain file that stands for a guest object, under a name that no guest sees.
+func makeTemp(dir int, tmp string, typ uint32, m meta, content string) (int, error) {
+	fd, err := unix.Openat(dir, tmp, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, filePerm)
 	if err != nil {
 		return -1, err
 	}
@@ -252,11 +267,8 @@ func (f *file) create(name string, typ uint32, m meta, content string) (int, err
 	if err == nil && content != "" {
 		_, err = unix.Pwrite(fd, []byte(content), 0)
 	}
-	if err == nil {
-		err = unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE)
-	}
 	if err != nil {
-		_ = unix.Unlinkat(f.fd, tmp, 0)
+		_ = unix.Unlinkat(dir, tmp, 0)
 		unix.Close(fd)
 		return -1, err
 	}
@@ -280,7 +292,8 @@ func newMeta(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID) meta {
 	return m
 }
 
-// own gives a new object of a volume the owner that the guest asks for, if it is not the serving user's already.
+// own gives a new object of a volume the owner that the guest asks for, if it is not the serving user's already. Where it can be nobody
+// else's, as in the boxes of an ordinary user, it stays the serving user's: the guest's kernel has allowed its maker to make it.
 func (f *file) own(fd int, uid lisafs.UID, gid lisafs.GID) error {
 	u, g := -1, -1
 	if uid.Ok() {
@@ -289,7 +302,12 @@ func (f *file) own(fd int, uid lisafs.UID, gid lisafs.GID) error {
 	if gid.Ok() {
 		g = int(uint32(gid) + f.t.o.IDOffset)
 	}
-	return unix.Fchownat(fd, "", u, g, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+	err := unix.Fchownat(fd, "", u, g, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW)
+	// The second is for ids that have no place in this user namespace.
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	return err
 }
 
 // createHost makes a plain file of a volume. It returns the descriptor that stands for it, and the one that it was made with: the
@@ -401,9 +419,15 @@ func (f *file) Mknod(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name s
 		unix.Close(open)
 		return f.finish(fd, name)
 	}
-	m := newMeta(mode, uid, gid)
-	m.major, m.minor = major, minor
-	fd, err := f.create(name, typ, m, "")
+	var fd int
+	var err error
+	if isWhiteout(mode, major, minor) {
+		fd, err = f.whiteout(name)
+	} else {
+		m := newMeta(mode, uid, gid)
+		m.major, m.minor = major, minor
+		fd, err = f.create(name, typ, m, "")
+	}
 	if err != nil {
 		return nil, lisafs.Statx{}, err
 	}
@@ -494,6 +518,11 @@ func (f *file) Unlink(name string, flags uint32) error {
 	if f.t.reserved(name) {
 		return unix.ENOENT
 	}
+	if !f.t.o.Host {
+		if err := f.t.prepare(); err != nil {
+			return err
+		}
+	}
 	err := unix.Unlinkat(f.fd, name, int(flags))
 	if err == unix.ENOTEMPTY && !f.t.o.Host && f.sweep(name) {
 		err = unix.Unlinkat(f.fd, name, int(flags))
@@ -530,6 +559,11 @@ func (f *file) RenameAt2(from string, dir lisafs.ControlFDImpl, to string, flags
 	}
 	if f.t.reserved(to) || flags&^(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) != 0 {
 		return unix.EINVAL
+	}
+	if !f.t.o.Host {
+		if err := f.t.prepare(); err != nil {
+			return err
+		}
 	}
 	err := unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
 	if err == unix.ENOTEMPTY && !f.t.o.Host && d.sweep(to) {

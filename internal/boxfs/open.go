@@ -159,6 +159,9 @@ func (f *file) GetXattr(name string, size uint32, buf func(uint32) []byte) (uint
 		size = maxAttr
 	}
 	b := buf(size)
+	if f.marks(name) && f.opaque() {
+		return uint16(copy(b, "y")), nil
+	}
 	n, err := unix.Getxattr(f.attrPath(), key, b)
 	if err != nil {
 		return 0, err
@@ -175,6 +178,9 @@ func (f *file) SetXattr(name, value string, flags uint32) error {
 	if err != nil {
 		return err
 	}
+	if f.marks(name) && value == "y" {
+		return f.setOpaque(true)
+	}
 	return unix.Setxattr(f.attrPath(), key, []byte(value), int(flags))
 }
 
@@ -183,6 +189,9 @@ func (f *file) RemoveXattr(name string) error {
 	key, err := f.attr(name)
 	if err != nil {
 		return err
+	}
+	if f.marks(name) && f.opaque() {
+		return f.setOpaque(false)
 	}
 	return unix.Removexattr(f.attrPath(), key)
 }

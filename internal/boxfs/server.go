@@ -39,6 +39,7 @@ func Serve(sock, root *os.File, o Options) (err error) {
 		return fmt.Errorf("file server socket: %w", err)
 	}
 	srv := lisafs.NewServer()
+	srv.SetHandlers(handlers(o))
 	conn, err := srv.CreateConnection(us, "/", lisafs.ConnectionOpts{
 		Readonly: o.ReadOnly, WalkStatSupported: true, SetAttrOnDeleted: true, AllocateOnDeleted: true, OpenOnDeleted: true,
 	}, &tree{o: o, root: int(root.Fd())})
@@ -59,8 +60,9 @@ func Serve(sock, root *os.File, o Options) (err error) {
 
 // tree implements [lisafs.ConnectionImpl].
 type tree struct {
-	o    Options
-	root int
+	o     Options
+	root  int
+	white whiteouts
 }
 
 // Mount implements [lisafs.ConnectionImpl].
@@ -73,6 +75,9 @@ func (t *tree) Mount(c *lisafs.Connection, node *lisafs.Node) (*lisafs.ControlFD
 	if err != nil {
 		unix.Close(fd)
 		return nil, lisafs.Statx{}, -1, err
+	}
+	if !t.o.Host && !t.o.ReadOnly {
+		_ = t.prepare() // while there is room; it is tried again before it is needed
 	}
 	f := &file{t: t, fd: fd}
 	node.IncRef()
@@ -98,15 +103,52 @@ func (t *tree) reopenRoot() (int, error) {
 // MaxMessageSize implements [lisafs.ConnectionImpl].
 func (t *tree) MaxMessageSize() uint32 { return lisafs.MaxMessageSize() }
 
-// SupportedMessages implements [lisafs.ConnectionImpl]. Host sockets are left out: nothing outside the box is reached by them.
+// SupportedMessages implements [lisafs.ConnectionImpl].
 func (t *tree) SupportedMessages() []lisafs.MID {
-	return []lisafs.MID{
-		lisafs.Mount, lisafs.Channel, lisafs.FStat, lisafs.SetStat, lisafs.Walk, lisafs.WalkStat, lisafs.OpenAt,
-		lisafs.OpenCreateAt, lisafs.Close, lisafs.FSync, lisafs.PWrite, lisafs.PRead, lisafs.MkdirAt, lisafs.MknodAt,
-		lisafs.SymlinkAt, lisafs.LinkAt, lisafs.FStatFS, lisafs.FAllocate, lisafs.ReadLinkAt, lisafs.Connect, lisafs.UnlinkAt,
-		lisafs.RenameAt, lisafs.Getdents64, lisafs.FGetXattr, lisafs.FSetXattr, lisafs.FListXattr, lisafs.FRemoveXattr,
-		lisafs.BindAt, lisafs.Listen, lisafs.Accept, lisafs.ConnectWithCreds, lisafs.RenameAt2,
+	var out []lisafs.MID
+	for id, h := range handlers(t.o) {
+		if h != nil && lisafs.MID(id) != lisafs.Error {
+			out = append(out, lisafs.MID(id))
+		}
 	}
+	return out
+}
+
+// handlers are those of the messages that are served, by number.
+func handlers(o Options) []lisafs.RPCHandler {
+	all := []lisafs.RPCHandler{
+		lisafs.Error: lisafs.ErrorHandler, lisafs.Mount: lisafs.MountHandler, lisafs.Channel: lisafs.ChannelHandler,
+		lisafs.FStat: lisafs.FStatHandler, lisafs.SetStat: lisafs.SetStatHandler, lisafs.Walk: lisafs.WalkHandler,
+		lisafs.WalkStat: lisafs.WalkStatHandler, lisafs.OpenAt: lisafs.OpenAtHandler, lisafs.OpenCreateAt: lisafs.OpenCreateAtHandler,
+		lisafs.Close: lisafs.CloseHandler, lisafs.FSync: lisafs.FSyncHandler, lisafs.PWrite: lisafs.PWriteHandler,
+		lisafs.PRead: lisafs.PReadHandler, lisafs.MkdirAt: lisafs.MkdirAtHandler, lisafs.MknodAt: lisafs.MknodAtHandler,
+		lisafs.SymlinkAt: lisafs.SymlinkAtHandler, lisafs.LinkAt: lisafs.LinkAtHandler, lisafs.FStatFS: lisafs.FStatFSHandler,
+		lisafs.FAllocate: lisafs.FAllocateHandler, lisafs.ReadLinkAt: lisafs.ReadLinkAtHandler, lisafs.UnlinkAt: lisafs.UnlinkAtHandler,
+		lisafs.RenameAt: lisafs.RenameAtHandler, lisafs.RenameAt2: lisafs.RenameAt2Handler, lisafs.Getdents64: lisafs.Getdents64Handler,
+		lisafs.FGetXattr: lisafs.FGetXattrHandler, lisafs.FSetXattr: lisafs.FSetXattrHandler,
+		lisafs.FListXattr: lisafs.FListXattrHandler, lisafs.FRemoveXattr: lisafs.FRemoveXattrHandler,
+		// Every one of these is refused: nothing outside the box is reached by a socket of the host.
+		lisafs.Connect: lisafs.ConnectHandler, lisafs.ConnectWithCreds: lisafs.ConnectWithCredsHandler, lisafs.BindAt: lisafs.BindAtHandler,
+		lisafs.Listen: lisafs.ListenHandler, lisafs.Accept: lisafs.AcceptHandler,
+	}
+	if o.Host {
+		all[lisafs.SetStat] = setStatOrFail
+	}
+	return all
+}
+
+// setStatOrFail answers with an error where an attribute could not be set. The guest's kernel does not look at the mask of those that
+// failed where it caches nothing, as on a volume, and its programs would see a success.
+func setStatOrFail(c *lisafs.Connection, comm lisafs.Communicator, n uint32) (uint32, error) {
+	n, err := lisafs.SetStatHandler(c, comm, n)
+	if err != nil {
+		return 0, err
+	}
+	var resp lisafs.SetStatResp
+	if _, ok := resp.CheckedUnmarshal(comm.PayloadBuf(n)); ok && resp.FailureMask != 0 {
+		return 0, unix.Errno(resp.FailureErrNo)
+	}
+	return n, nil
 }
 
 // reopen opens what a descriptor refers to anew, with other rights. It goes through /proc, which in the jail is its own.

@@ -37,16 +37,27 @@ func (a *app) cpCmd() *cobra.Command {
 	return c
 }
 
-func (a *app) copyOut(ctx context.Context, b *coffer.Box, src, dst string, follow bool) error {
-	// "dir/." means what is in it.
-	contents := strings.HasSuffix(src, "/.")
+// source is what a copy takes from: in "dir/." it is what is in dir. A slash at the end follows a link, as everywhere.
+func source(p string) (contents, follow bool) {
+	contents = p == "." || strings.HasSuffix(p, "/.")
+	return contents, contents || strings.HasSuffix(p, "/")
+}
+
+func (a *app) copyOut(ctx context.Context, b *coffer.Box, arg, dst string, follow bool) error {
+	contents, link := source(arg)
+	follow = follow || link
+	src := path.Join("/", arg)
 	if dst == "-" {
-		return b.CopyOut(ctx, path.Clean(src), follow, a.out)
+		return b.CopyOut(ctx, src, follow, a.out)
 	}
-	fi, err := b.Stat(ctx, path.Clean(src), follow)
+	fi, err := b.Stat(ctx, src, follow)
 	if err != nil {
 		return err
 	}
+	if link && !os.FileMode(fi.Mode).IsDir() {
+		return fmt.Errorf("%s is not a directory in the box", arg)
+	}
+	whole := src == "/"
 	// A link that the user names is the user's own: what it leads to is meant.
 	if real, err := filepath.EvalSymlinks(dst); err == nil {
 		dst = real
@@ -55,23 +66,23 @@ func (a *app) copyOut(ctx context.Context, b *coffer.Box, src, dst string, follo
 	st, err := os.Stat(dst)
 	switch {
 	case err == nil && st.IsDir():
-		dir, name = dst, path.Base(path.Clean(src))
-		if contents {
+		dir, name = dst, path.Base(src)
+		if contents || whole {
 			name = "."
 		}
 	case strings.HasSuffix(dst, "/"):
 		return fmt.Errorf("directory %s does not exist", dst)
 	case err == nil && os.FileMode(fi.Mode).IsDir():
-		return fmt.Errorf("%s is a directory in the box and %s is a file here", src, dst)
+		return fmt.Errorf("%s is a directory in the box and %s is a file here", arg, dst)
 	}
 	r, w := io.Pipe()
 	done := make(chan error, 1)
 	go func() {
-		err := b.CopyOut(ctx, path.Clean(src), follow, w)
+		err := b.CopyOut(ctx, src, follow, w)
 		w.CloseWithError(err)
 		done <- err
 	}()
-	err = hosttar.Unpack(ctx, r, dir, name)
+	err = hosttar.Unpack(ctx, r, dir, name, whole)
 	r.CloseWithError(err)
 	if cerr := <-done; err == nil {
 		err = cerr
@@ -83,18 +94,24 @@ func (a *app) copyIn(ctx context.Context, b *coffer.Box, src, dst string, follow
 	if src == "-" {
 		return b.CopyIn(ctx, dst, a.in)
 	}
-	contents := strings.HasSuffix(src, "/.")
+	contents, link := source(src)
+	follow = follow || link
 	stat := os.Lstat
-	if follow || strings.HasSuffix(src, "/") {
+	if follow {
 		stat = os.Stat
 	}
 	st, err := stat(src)
 	if err != nil {
 		return err
 	}
+	// ".." and "/" are directories with a name, or none.
+	real, err := filepath.Abs(src)
+	if err != nil {
+		return err
+	}
 	dir, name := path.Dir(path.Clean(dst)), path.Base(dst)
 	if fi, err := b.Stat(ctx, dst, true); err == nil && os.FileMode(fi.Mode).IsDir() {
-		if dir, name = dst, filepath.Base(src); contents {
+		if dir, name = dst, filepath.Base(real); contents || name == "/" {
 			dir, name = dst, "."
 		}
 	} else if err == nil && st.IsDir() {
@@ -103,7 +120,7 @@ func (a *app) copyIn(ctx context.Context, b *coffer.Box, src, dst string, follow
 		return fmt.Errorf("directory %s does not exist in the box", dst)
 	}
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(hosttar.Pack(ctx, w, filepath.Clean(src), name, follow)) }()
+	go func() { w.CloseWithError(hosttar.Pack(ctx, w, real, name, follow)) }()
 	err = b.CopyIn(ctx, dir, r)
 	r.CloseWithError(err)
 	return err

@@ -13,19 +13,22 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 )
 
-// Unpack writes the archive below dir, with the first element of every name replaced by name; "." is dir itself. Links in the archive
-// are made and never followed, nor are those that are there already. Files replace files; a directory and anything else never replace
-// each other. Setuid bits, devices and owners are left out.
-func Unpack(ctx context.Context, r io.Reader, dir, name string) error {
+// Unpack writes the archive below dir, with the first element of every name replaced by name; "." is dir itself. An archive of a box's
+// root has no such element: with whole, name comes before the names. Links in the archive are made and never followed, nor are those
+// that are there already. Files replace files; a directory and anything else never replace each other. Setuid bits, devices and owners
+// are left out.
+func Unpack(ctx context.Context, r io.Reader, dir, name string, whole bool) error {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	u := unpacker{root: root, name: name}
+	u := unpacker{root: root, name: name, whole: whole}
 	defer u.leave()
 	tr := tar.NewReader(r)
 	for {
@@ -34,7 +37,7 @@ func Unpack(ctx context.Context, r io.Reader, dir, name string) error {
 		}
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			return nil
+			return u.finish()
 		}
 		if err != nil {
 			return fmt.Errorf("archive from the box: %w", err)
@@ -47,11 +50,37 @@ func Unpack(ctx context.Context, r io.Reader, dir, name string) error {
 
 // unpacker is an archive being unpacked.
 type unpacker struct {
-	root *os.Root
-	name string
+	root  *os.Root
+	name  string
+	whole bool
+	made  []madeDir
 	// The directory of the last entry, since entries come directory by directory. No directory is ever removed here.
 	in  *os.Root
 	dir string
+}
+
+// madeDir is a directory that gets its mode and time when everything is in it.
+type madeDir struct {
+	path string
+	perm fs.FileMode
+	time time.Time
+}
+
+// finish does so, the deepest first: they come after those that they are in.
+func (u *unpacker) finish() error {
+	for _, d := range slices.Backward(u.made) {
+		base, err := u.enter(d.path)
+		if err != nil {
+			return err
+		}
+		if st, err := u.in.Lstat(base); err != nil || !st.IsDir() {
+			continue // the user's own doing, meanwhile
+		}
+		if err := errors.Join(u.in.Chtimes(base, d.time, d.time), u.in.Chmod(base, d.perm)); err != nil {
+			return fmt.Errorf("unpack %s: %w", d.path, err)
+		}
+	}
+	return nil
 }
 
 func (u *unpacker) leave() {
@@ -115,16 +144,16 @@ func enterDir(in *os.Root, elem string) (*os.Root, error) {
 }
 
 // place replaces the first element of an archive's name. The root keeps what is left from leading out; names that try are refused.
-func place(entry, name string) (string, error) {
+func (u *unpacker) place(entry string) (string, error) {
 	clean := path.Clean(entry)
 	if path.IsAbs(clean) || clean == ".." || strings.HasPrefix(clean, "../") {
 		return "", fmt.Errorf("the archive from the box has an entry that leads out of it: %q", entry)
 	}
-	_, rest, _ := strings.Cut(clean, "/")
-	if clean == "." {
-		rest = ""
+	rest := clean
+	if !u.whole {
+		_, rest, _ = strings.Cut(clean, "/")
 	}
-	return filepath.Join(name, filepath.FromSlash(rest)), nil
+	return filepath.Join(u.name, filepath.FromSlash(rest)), nil
 }
 
 func (u *unpacker) unpack(r io.Reader, h *tar.Header) error {
@@ -133,7 +162,7 @@ func (u *unpacker) unpack(r io.Reader, h *tar.Header) error {
 	default:
 		return nil // devices, pipes and sockets of a box mean nothing here
 	}
-	p, err := place(h.Name, u.name)
+	p, err := u.place(h.Name)
 	if err != nil {
 		return err
 	}
@@ -149,7 +178,14 @@ func (u *unpacker) unpack(r io.Reader, h *tar.Header) error {
 	if h.Typeflag == tar.TypeDir {
 		switch {
 		case there == nil:
-			return u.in.Mkdir(base, 0o700|perm)
+			if err := u.in.Mkdir(base, 0o700|perm); err != nil {
+				return err
+			}
+			if there, err = u.in.Lstat(base); err != nil {
+				return err
+			}
+			// The caller's umask holds for directories as for files.
+			u.made = append(u.made, madeDir{p, perm & there.Mode(), h.ModTime})
 		case !there.IsDir():
 			return errors.New("a directory does not replace the file that is there")
 		}
@@ -157,7 +193,7 @@ func (u *unpacker) unpack(r io.Reader, h *tar.Header) error {
 	}
 	var target string
 	if h.Typeflag == tar.TypeLink {
-		if target, err = place(h.Linkname, u.name); err != nil {
+		if target, err = u.place(h.Linkname); err != nil {
 			return err
 		}
 		if target == p {
@@ -257,6 +293,21 @@ func pack(tw *tar.Writer, p, name string, d fs.DirEntry) error {
 		return err
 	}
 	defer f.Close()
+	if h.Size == 0 {
+		// Files of /proc and /sys do not know their size.
+		content, err := io.ReadAll(io.LimitReader(f, maxUnsized+1))
+		if err != nil {
+			return err
+		}
+		if h.Size = int64(len(content)); h.Size > maxUnsized {
+			return fmt.Errorf("copy %s: it says that it is empty and has more than %d bytes: save it to a file first", p, maxUnsized)
+		}
+		if err := tw.WriteHeader(h); err != nil {
+			return err
+		}
+		_, err = tw.Write(content)
+		return err
+	}
 	if err := tw.WriteHeader(h); err != nil {
 		return err
 	}
@@ -267,6 +318,9 @@ func pack(tw *tar.Writer, p, name string, d fs.DirEntry) error {
 	}
 	return err
 }
+
+// maxUnsized bounds what is held in memory of a file that does not tell its size.
+const maxUnsized = 4 << 20
 
 type zeros struct{}
 

@@ -121,11 +121,11 @@ func with(more map[string]string) map[string]string {
 func TestUnpack(t *testing.T) {
 	base, dir := home(t)
 	data := archive(t,
-		entry{name: "src", dir: true, mode: 0o7500}, entry{name: "src/f", content: "content", mode: 0o6755}, entry{name: "src/sub/", dir: true},
+		entry{name: "src", dir: true, mode: 0o7550}, entry{name: "src/f", content: "content", mode: 0o6755}, entry{name: "src/sub/", dir: true},
 		entry{name: "src/sub/l", link: "../../../outside/file"}, entry{name: "src/sub/h", hard: "src/f"}, entry{name: "src/abs", link: "/etc/passwd"},
 		entry{name: "src/null", typeflag: tar.TypeChar}, entry{name: "src/disk", typeflag: tar.TypeBlock}, entry{name: "src/pipe", typeflag: tar.TypeFifo},
 	)
-	must(t, Unpack(t.Context(), bytes.NewReader(data), dir, "new"))
+	must(t, Unpack(t.Context(), bytes.NewReader(data), dir, "new", false))
 	if d := cmp.Diff(with(map[string]string{
 		"home/new": "dir", "home/new/f": "=content", "home/new/sub": "dir", "home/new/sub/l": "->../../../outside/file",
 		"home/new/sub/h": "=content", "home/new/abs": "->/etc/passwd",
@@ -140,11 +140,18 @@ func TestUnpack(t *testing.T) {
 	if h, err := os.Stat(filepath.Join(dir, "new/sub/h")); err != nil || !os.SameFile(st, h) {
 		t.Errorf("no hard link: %v", err)
 	}
-	if st, err := os.Stat(filepath.Join(dir, "new")); err != nil || st.Mode() != fs.ModeDir|0o700 {
+	if st, err := os.Stat(filepath.Join(dir, "new")); err != nil || st.Mode()&^0o050 != fs.ModeDir|0o500 || !st.ModTime().Equal(time.Unix(1, 0)) {
 		t.Errorf("directory %v, %v", st.Mode(), err)
 	}
+	must(t, os.Chmod(filepath.Join(dir, "new"), 0o700))
+	// The root of a box has no name of its own in the archive.
+	root := archive(t, entry{name: "./", dir: true}, entry{name: "etc/", dir: true}, entry{name: "etc/f", content: "content"}, entry{name: "f", hard: "etc/f"})
+	must(t, Unpack(t.Context(), bytes.NewReader(root), dir, "whole", true))
+	if got := tree(t, filepath.Join(dir, "whole")); got["etc/f"] != "=content" || got["f"] != "=content" || len(got) != 3 {
+		t.Errorf("%v", got)
+	}
 	// What is in it, into a directory that is there.
-	must(t, Unpack(t.Context(), bytes.NewReader(data), filepath.Join(base, "outside"), "."))
+	must(t, Unpack(t.Context(), bytes.NewReader(data), filepath.Join(base, "outside"), ".", false))
 	if got := tree(t, filepath.Join(base, "outside")); got["f"] != "=content" || got["sub/h"] != "=content" || got["file"] != "=mine" {
 		t.Errorf("%v", got)
 	}
@@ -173,7 +180,7 @@ func TestHostile(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			base, dir := home(t)
-			err := Unpack(t.Context(), bytes.NewReader(archive(t, entries...)), dir, "x")
+			err := Unpack(t.Context(), bytes.NewReader(archive(t, entries...)), dir, "x", false)
 			if err == nil {
 				t.Error("not refused")
 			}
@@ -193,7 +200,7 @@ func TestHostile(t *testing.T) {
 	}
 	// The same first element, whatever it is, is where the user said.
 	base, dir := home(t)
-	must(t, Unpack(t.Context(), bytes.NewReader(archive(t, entry{name: ".ssh", dir: true}, entry{name: ".ssh/keys", content: "evil"})), dir, "x"))
+	must(t, Unpack(t.Context(), bytes.NewReader(archive(t, entry{name: ".ssh", dir: true}, entry{name: ".ssh/keys", content: "evil"})), dir, "x", false))
 	if d := cmp.Diff(with(map[string]string{"home/x": "dir", "home/x/keys": "=evil"}), tree(t, base)); d != "" {
 		t.Error(d)
 	}
@@ -248,7 +255,7 @@ func TestOverwrite(t *testing.T) {
 			if tc.entry.name == "" {
 				tc.entry.name = "x/p"
 			}
-			err := Unpack(t.Context(), bytes.NewReader(archive(t, entry{name: "x", dir: true}, tc.entry)), dir, "x")
+			err := Unpack(t.Context(), bytes.NewReader(archive(t, entry{name: "x", dir: true}, tc.entry)), dir, "x", false)
 			after := tree(t, base)
 			want := before
 			switch tc.want {
@@ -278,19 +285,19 @@ func TestUnpackFails(t *testing.T) {
 		if cut%512 != 0 && cut != 600 && cut != 1700 {
 			continue
 		}
-		if err := Unpack(t.Context(), bytes.NewReader(data[:cut]), dir, fmt.Sprint("n", cut)); err == nil && cut%512 != 0 {
+		if err := Unpack(t.Context(), bytes.NewReader(data[:cut]), dir, fmt.Sprint("n", cut), false); err == nil && cut%512 != 0 {
 			t.Errorf("cut at %d: no error", cut)
 		}
 	}
-	if err := Unpack(t.Context(), strings.NewReader(strings.Repeat("no archive", 500)), dir, "n"); !errors.Is(err, tar.ErrHeader) {
+	if err := Unpack(t.Context(), strings.NewReader(strings.Repeat("no archive", 500)), dir, "n", false); !errors.Is(err, tar.ErrHeader) {
 		t.Errorf("no archive: %v", err)
 	}
-	if err := Unpack(t.Context(), bytes.NewReader(data), filepath.Join(dir, "none"), "n"); !errors.Is(err, fs.ErrNotExist) {
+	if err := Unpack(t.Context(), bytes.NewReader(data), filepath.Join(dir, "none"), "n", false); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no directory: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := Unpack(ctx, bytes.NewReader(data), dir, "cancelled"); !errors.Is(err, context.Canceled) {
+	if err := Unpack(ctx, bytes.NewReader(data), dir, "cancelled", false); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
@@ -325,7 +332,7 @@ func TestPack(t *testing.T) {
 			}
 			must(t, err)
 			to := t.TempDir()
-			must(t, Unpack(t.Context(), bytes.NewReader(b.Bytes()), to, "out"))
+			must(t, Unpack(t.Context(), bytes.NewReader(b.Bytes()), to, "out", false))
 			got := tree(t, to)
 			switch name {
 			case "link":
@@ -363,7 +370,7 @@ func FuzzUnpack(f *testing.F) {
 	f.Add(archive(f, entry{name: "/outside/file", content: "evil"}, entry{name: "a", typeflag: tar.TypeChar}))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		base, dir := home(t)
-		_ = Unpack(t.Context(), bytes.NewReader(data), dir, "x")
+		_ = Unpack(t.Context(), bytes.NewReader(data), dir, "x", false)
 		got := map[string]string{}
 		must(t, filepath.WalkDir(base, func(p string, d fs.DirEntry, err error) error {
 			if p == filepath.Join(dir, "x") {

@@ -313,7 +313,21 @@ func mountProc(base string) error {
 			return err
 		}
 	}
-	return nil
+	return bindDescriptors(dir)
+}
+
+// bindDescriptors puts this process' own descriptors, through which the file server opens files anew, under a /proc that is none. They
+// are those that the /proc of outside shows: only that one directory of it comes along, and it opens to nobody but this process.
+func bindDescriptors(proc string) error {
+	target := filepath.Join(proc, "self/fd")
+	if err := os.MkdirAll(target, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("/proc/self/fd", target, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("no /proc can be mounted in the jail, as in a container whose own is partly covered, nor the descriptors of "+
+			"/proc/self/fd be had from outside: %w: give the container a whole /proc (docker run --security-opt systempaths=unconfined)", err)
+	}
+	return setAttr(target, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
 }
 
 func readBounded(path string, max int64) ([]byte, error) {
