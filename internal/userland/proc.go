@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -256,15 +257,21 @@ func sleep(c *call) error {
 		return errUsage("missing operand")
 	}
 	var total time.Duration
+	forever := false
 	for _, a := range c.args {
 		if a == "inf" || a == "infinity" {
-			select {}
+			forever = true
+			continue
 		}
 		d, err := parseDuration(a)
 		if err != nil {
 			return err
 		}
 		total += d
+	}
+	// Not select {}: where nothing else runs the runtime takes that for a deadlock, and ends.
+	for forever {
+		time.Sleep(math.MaxInt64)
 	}
 	time.Sleep(total)
 	return nil

@@ -112,6 +112,7 @@ func TestCommands(t *testing.T) {
 		"date":            {script: "date -u -d @86400 '+%Y-%m-%d %H:%M:%S %j %s'", out: "1970-01-02 00:00:00 002 86400\n"},
 		"tee":             {script: "echo a | tee f | cat; cat f", out: "a\na\n"},
 		"cmp":             {script: "echo a >f; echo b >g; cmp -s f g; echo $?; cmp f f; echo $?", out: "1\n0\n"},
+		"sleep":           {script: "timeout 0.2 sleep infinity; echo $?; timeout 0.2 sleep 1 inf; echo $?", out: "124\n124\n"},
 		"unknown option":  {script: "ls --nosuch", code: 2},
 		"touch":           {script: "touch -d @0 f; stat -c %Y f; touch -c none; ls", out: "0\nf\n"},
 		"fifo":            {script: "mkfifo p; echo through >p & cat p; wait", out: "through\n"},
