@@ -214,11 +214,38 @@ func parseSignal(s string) (syscall.Signal, error) {
 	return 0, errUsage("unknown signal " + s)
 }
 
-func kill(c *call) error {
+// signalNames lists the signals that have names, by number, without SIG.
+func signalNames() []string {
+	var all []string
+	for n := syscall.Signal(1); n < 32; n++ {
+		all = append(all, strings.TrimPrefix(unix.SignalName(n), "SIG"))
+	}
+	return all
+}
+
+func kill(c *call) error { return killWith(c, syscall.Kill) }
+
+func killWith(c *call, send func(pid int, sig syscall.Signal) error) error {
 	sig, args := syscall.SIGTERM, c.args
 	if len(args) > 0 && args[0] == "-l" {
-		for n := syscall.Signal(1); n < 32; n++ {
-			fmt.Fprintf(c.out, "%d %s\n", n, strings.TrimPrefix(unix.SignalName(n), "SIG"))
+		if len(args) > 1 { // of an exit code, too
+			return c.each(args[1:], func(a string) error {
+				n, err := strconv.Atoi(a)
+				if err != nil {
+					sig, err := parseSignal(a)
+					fmt.Fprintln(c.out, int(sig))
+					return err
+				}
+				name := unix.SignalName(syscall.Signal(n & 127))
+				if name == "" {
+					return errUsage("unknown signal " + a)
+				}
+				fmt.Fprintln(c.out, strings.TrimPrefix(name, "SIG"))
+				return nil
+			})
+		}
+		for i, name := range signalNames() {
+			fmt.Fprintf(c.out, "%d %s\n", i+1, name)
 		}
 		return nil
 	}
@@ -245,7 +272,7 @@ func kill(c *call) error {
 		if err != nil {
 			return fmt.Errorf("%s: no process id", a)
 		}
-		if err := syscall.Kill(pid, sig); err != nil {
+		if err := send(pid, sig); err != nil {
 			return fmt.Errorf("(%d): %w", pid, err)
 		}
 		return nil

@@ -54,7 +54,12 @@ func Main(args []string) int {
 		return 127
 	}
 	c := &call{name: name, args: args[1:], in: os.Stdin, out: bufio.NewWriterSize(os.Stdout, 32<<10), err: os.Stderr, raw: os.Stdout}
-	err := run(c)
+	ignoreInherited()
+	return c.end(run(c))
+}
+
+// end says how a command went, and returns its exit code.
+func (c *call) end(err error) int {
 	if ferr := c.out.Flush(); err == nil {
 		err = ferr
 	}
