@@ -169,3 +169,20 @@ func TestShell(t *testing.T) {
 		"read in a pipeline": {script: "echo v | while read x; do echo $x; done; echo w | { read x; echo $x$?; }", out: "v\nw0\n"},
 	})
 }
+
+func TestOptions(t *testing.T) {
+	runTests(t, map[string]commandTest{
+		"color":           {script: "echo foo >f; grep --color foo f; grep --color=auto foo f; mkdir d; >d/x; ls --color d; ls --color=never d; ls --all=1 d || echo refused", out: "foo\nfoo\nx\nx\nrefused\n"},
+		"date precision":  {script: "date -u -d @0 -I; date -u -d @0 -Iseconds; date -u -d @0 --iso-8601=minutes; date -Ino || echo refused", out: "1970-01-01\n1970-01-01T00:00:00+00:00\n1970-01-01T00:00+00:00\nrefused\n"},
+		"no last newline": {script: `printf 'a\nb' | head -n 5; echo .; printf 'a\nb' | tail -n 1; echo .; printf 'a\nb' | tail -n +2; echo .; printf 'a\nb' | sed s/b/c/; echo .; printf b | sed -n 'p;p'; echo .; printf b >f; sed -i.old s/b/c/ f; wc -c f f.old | head -n 1`, out: "a\nb.\nb.\nb.\na\nc.\nb\nb.\n1 f\n"},
+		"head but last":   {script: "seq 3 | head -n -1; printf abc | head -c -1", out: "1\n2\nab"},
+		"find quit":       {script: "mkdir d; >d/a; >d/b; find d -type f -print -quit | wc -l; find d -type f -quit", out: "1\n"},
+		"find ok":         {script: "mkdir d; >d/a; >d/b; printf 'y\\nn\\n' | find d -type f -ok echo {} \\; 2>/dev/null | wc -l", out: "1\n"},
+		"find xdev":       {script: "find / -xdev -maxdepth 1 -name proc -o -maxdepth 1 -name nosuch; find / -maxdepth 1 -name proc", out: "/proc\n"},
+		"timeout's group": {script: "mkfifo p q; cat p & timeout 60 sh -c '{ echo >q; sleep 60; } >p & wait' & t=$!; read x <q; kill $t; wait; echo done", out: "done\n"},
+		"timeout forwards": {script: "mkfifo p; timeout 9 sh -c 'trap \"echo got; exit 5\" TERM; echo ready >p; while :; do sleep 0.01; done' & read x <p; kill $!; wait $!; echo $?",
+			out: "got\n5\n"},
+		"xargs by lines": {script: "printf 'a b\\nc\\n' | xargs -L1 sh -c 'echo $# $1' x; printf 'a\\nb\\nc\\n' | xargs -L2 echo; printf 'a\\0\\0b\\0' | xargs -0 sh -c 'echo $#' x; seq 4 | xargs -P2 -n1 echo | sort", out: "2 a\n1 c\na b\nc\n3\n1\n2\n3\n4\n"},
+		"grep files":     {script: "echo b >p; printf 'a\\nb\\n' >x.go; echo b >x.c; mkdir s; echo b >s/y.go; grep -f p x.go; grep -rl --include='*.go' --exclude-dir=s b .; grep -s b nosuch; echo $?", out: "b\n./x.go\n2\n"},
+	})
+}
