@@ -25,6 +25,8 @@ type finder struct {
 	prune          bool
 	batch          map[int][]string // files gathered for -exec … +
 	failed, dryRun bool
+	quit, oneFS    bool
+	dev            uint64 // of the root
 }
 
 func find(c *call) error {
@@ -44,7 +46,9 @@ func find(c *call) error {
 	}
 	f.dryRun = false
 	for _, root := range roots {
-		f.walk(root, 0)
+		if !f.quit {
+			f.walk(root, 0)
+		}
 	}
 	for at, files := range f.batch {
 		end := at
@@ -66,6 +70,11 @@ func (f *finder) walk(path string, depth int) {
 	if err != nil {
 		f.c.warn(err)
 		f.failed = true
+		return
+	}
+	if dev := uint64(fi.Sys().(*syscall.Stat_t).Dev); depth == 0 {
+		f.dev = dev
+	} else if f.oneFS && dev != f.dev {
 		return
 	}
 	f.prune = false
@@ -96,10 +105,13 @@ func (f *finder) walk(path string, depth int) {
 			f.failed = true
 		}
 		for _, e := range entries {
+			if f.quit {
+				return
+			}
 			f.walk(strings.TrimSuffix(path, "/")+"/"+e.Name(), depth+1)
 		}
 	}
-	if depthFirst {
+	if depthFirst && !f.quit {
 		visit()
 	}
 }
@@ -180,17 +192,22 @@ func (f *finder) primary(path string, fi fs.FileInfo, live bool) (bool, error) {
 		return false, err
 	}
 	switch name {
-	case "-true", "-depth", "-xdev", "-mount":
+	case "-xdev", "-mount":
+		f.oneFS = true
 		return true, nil
+	case "-true", "-depth":
+		return true, nil
+	case "-false":
+		return false, nil
 	case "-print", "-print0", "-delete", "-prune", "-empty", "-quit":
-		f.acts = f.acts || name == "-print" || name == "-print0" || name == "-delete"
+		f.acts = f.acts || name == "-print" || name == "-print0" || name == "-delete" || name == "-quit"
 		if !live {
 			return true, nil
 		}
 		return f.act(name, path, fi)
 	case "-exec", "-ok":
 		f.acts = true
-		return f.exec(path, live)
+		return f.exec(path, live, name == "-ok")
 	case "-name", "-iname", "-path", "-type", "-maxdepth", "-mindepth", "-newer", "-size", "-mtime", "-mmin", "-perm", "-user", "-uid", "-gid", "-links", "-inum":
 	default:
 		return false, errUsage("unknown test " + name)
@@ -230,7 +247,7 @@ func (f *finder) act(name, path string, fi fs.FileInfo) (bool, error) {
 	case "-prune":
 		f.prune = true
 	case "-quit":
-		return false, errExit(0)
+		f.quit = true
 	case "-empty":
 		if fi.IsDir() {
 			entries, err := os.ReadDir(path)
@@ -298,7 +315,7 @@ func quoteMeta(s string) string {
 	return b.String()
 }
 
-func (f *finder) exec(path string, live bool) (bool, error) {
+func (f *finder) exec(path string, live, ask bool) (bool, error) {
 	at := f.pos
 	for f.pos < len(f.expr) && f.expr[f.pos] != ";" && !(f.expr[f.pos] == "+" && f.expr[f.pos-1] == "{}") {
 		f.pos++
@@ -308,6 +325,9 @@ func (f *finder) exec(path string, live bool) (bool, error) {
 	}
 	args := append([]string{}, f.expr[at:f.pos]...)
 	f.pos++
+	if f.expr[f.pos-1] == "+" && ask {
+		return false, errUsage("-ok needs a command that ends with ;")
+	}
 	if !live {
 		return true, nil
 	}
@@ -317,6 +337,9 @@ func (f *finder) exec(path string, live bool) (bool, error) {
 	}
 	for i := range args {
 		args[i] = strings.ReplaceAll(args[i], "{}", path)
+	}
+	if ask && !f.c.ask("%s", strings.Join(args, " ")) {
+		return false, nil
 	}
 	return f.run(args), nil
 }

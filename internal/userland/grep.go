@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -14,12 +15,24 @@ import (
 func grep(c *call) error {
 	o, err := c.parse("i|ignore-case v|invert-match n|line-number c|count l|files-with-matches L q|quiet|silent r|R|recursive " +
 		"E|extended-regexp F|fixed-strings G w|word-regexp x|line-regexp o|only-matching h|no-filename H|with-filename s e|regexp: m|max-count: " +
-		"A: B: C: a color: include:")
+		"A|after-context: B|before-context: C|context: a color|colour? include: exclude: exclude-dir: f|file:")
 	if err != nil {
 		return err
 	}
 	pats := o.vals["e"]
-	if len(pats) == 0 {
+	for _, name := range o.vals["f"] {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		if text := strings.TrimSuffix(string(b), "\n"); text != "" {
+			pats = append(pats, text)
+		}
+	}
+	if o.has("s") {
+		c.err = io.Discard
+	}
+	if len(pats) == 0 && !o.has("f") {
 		if err := o.need(1); err != nil {
 			return err
 		}
@@ -62,8 +75,9 @@ func grep(c *call) error {
 	}
 	files := o.rest
 	if o.has("r") {
+		prefix := "./"
 		if len(files) == 0 {
-			files = []string{"."}
+			files, prefix = []string{"."}, ""
 		}
 		var all []string
 		for _, f := range files {
@@ -73,11 +87,20 @@ func grep(c *call) error {
 					g.failed = true
 					return nil
 				}
-				if d.Type().IsRegular() {
+				matches := func(option string) bool {
+					return slices.ContainsFunc(o.vals[option], func(glob string) bool { ok, _ := filepath.Match(glob, d.Name()); return ok })
+				}
+				if d.IsDir() && p != f && matches("exclude-dir") {
+					return fs.SkipDir
+				}
+				if d.Type().IsRegular() && !matches("exclude") {
 					if inc := o.val("include", ""); inc != "" {
-						if ok, _ := filepath.Match(inc, d.Name()); !ok {
+						if !matches("include") {
 							return nil
 						}
+					}
+					if f == "." {
+						p = prefix + p
 					}
 					all = append(all, p)
 				}

@@ -17,7 +17,7 @@ import (
 )
 
 func ls(c *call) error {
-	o, err := c.parse("l a|all A|almost-all d|directory R|recursive 1 h|human-readable i|inode n t r|reverse S F s color: C g o L p")
+	o, err := c.parse("l a|all A|almost-all d|directory R|recursive h|human-readable i|inode n t r|reverse S F color? 1 g o L p")
 	if err != nil {
 		return err
 	}
@@ -246,7 +246,7 @@ func human(n int64) string {
 }
 
 func stat(c *call) error {
-	o, err := c.parse("c|format: L|dereference t f")
+	o, err := c.parse("c|format: L|dereference")
 	if err != nil {
 		return err
 	}
@@ -348,6 +348,7 @@ func du(c *call) error {
 		fmt.Fprintf(c.out, "%s\t%s\n", size, name)
 	}
 	seen := map[[2]uint64]bool{}
+	var dev uint64
 	var walk func(name string, level int) int64
 	walk = func(name string, level int) int64 {
 		fi, err := os.Lstat(name)
@@ -356,6 +357,11 @@ func du(c *call) error {
 			return 0
 		}
 		st := fi.Sys().(*syscall.Stat_t)
+		if level == 0 {
+			dev = uint64(st.Dev)
+		} else if o.has("x") && uint64(st.Dev) != dev {
+			return 0
+		}
 		key := [2]uint64{uint64(st.Dev), st.Ino}
 		if !fi.IsDir() && st.Nlink > 1 && seen[key] {
 			return 0
@@ -413,7 +419,7 @@ func mounts() ([][]string, error) {
 }
 
 func df(c *call) error {
-	o, err := c.parse("h|human-readable k m T a i P")
+	o, err := c.parse("h|human-readable k m T a P")
 	if err != nil {
 		return err
 	}
@@ -425,9 +431,25 @@ func df(c *call) error {
 		if o.has("h") {
 			return human(int64(n))
 		}
+		if o.has("m") {
+			return strconv.FormatUint(n>>20, 10)
+		}
 		return strconv.FormatUint(n/1024, 10)
 	}
-	fmt.Fprintf(c.out, "%-20s %10s %10s %10s %4s %s\n", "Filesystem", map[bool]string{true: "Size", false: "1K-blocks"}[o.has("h")], "Used", "Available", "Use%", "Mounted on")
+	title := "1K-blocks"
+	switch {
+	case o.has("h"):
+		title = "Size"
+	case o.has("m"):
+		title = "1M-blocks"
+	}
+	show := func(device, kind string, f ...any) {
+		if o.has("T") {
+			device = fmt.Sprintf("%-20s %-9s", device, kind)
+		}
+		fmt.Fprintf(c.out, "%-20s %10s %10s %10s %4s %s\n", append([]any{device}, f...)...)
+	}
+	show("Filesystem", "Type", title, "Used", "Available", "Use%", "Mounted on")
 	row := func(m []string) error {
 		var st unix.Statfs_t
 		if err := unix.Statfs(m[1], &st); err != nil {
@@ -440,7 +462,7 @@ func df(c *call) error {
 			pct = strconv.FormatUint((used*100+total-1)/total, 10) + "%"
 		}
 		if st.Blocks > 0 || o.has("a") || len(o.rest) > 0 {
-			fmt.Fprintf(c.out, "%-20s %10s %10s %10s %4s %s\n", m[0], size(st.Blocks*bs), size(used), size(st.Bavail*bs), pct, m[1])
+			show(m[0], m[2], size(st.Blocks*bs), size(used), size(st.Bavail*bs), pct, m[1])
 		}
 		return nil
 	}
@@ -460,7 +482,7 @@ func df(c *call) error {
 		if p, err = filepath.EvalSymlinks(p); err != nil {
 			return err
 		}
-		best := []string{"-", p}
+		best := []string{"-", p, "-"}
 		for _, m := range all {
 			if m[1] == "/" || p == m[1] || strings.HasPrefix(p, m[1]+"/") {
 				if best[0] == "-" || len(m[1]) >= len(best[1]) {

@@ -1,15 +1,18 @@
 package userland
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"os/exec"
 	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -213,11 +216,38 @@ func parseSignal(s string) (syscall.Signal, error) {
 	return 0, errUsage("unknown signal " + s)
 }
 
-func kill(c *call) error {
+// signalNames lists the signals that have names, by number, without SIG.
+func signalNames() []string {
+	var all []string
+	for n := syscall.Signal(1); n < 32; n++ {
+		all = append(all, strings.TrimPrefix(unix.SignalName(n), "SIG"))
+	}
+	return all
+}
+
+func kill(c *call) error { return killWith(c, syscall.Kill) }
+
+func killWith(c *call, send func(pid int, sig syscall.Signal) error) error {
 	sig, args := syscall.SIGTERM, c.args
 	if len(args) > 0 && args[0] == "-l" {
-		for n := syscall.Signal(1); n < 32; n++ {
-			fmt.Fprintf(c.out, "%d %s\n", n, strings.TrimPrefix(unix.SignalName(n), "SIG"))
+		if len(args) > 1 { // of an exit code, too
+			return c.each(args[1:], func(a string) error {
+				n, err := strconv.Atoi(a)
+				if err != nil {
+					sig, err := parseSignal(a)
+					fmt.Fprintln(c.out, int(sig))
+					return err
+				}
+				name := unix.SignalName(syscall.Signal(n & 127))
+				if name == "" {
+					return errUsage("unknown signal " + a)
+				}
+				fmt.Fprintln(c.out, strings.TrimPrefix(name, "SIG"))
+				return nil
+			})
+		}
+		for i, name := range signalNames() {
+			fmt.Fprintf(c.out, "%d %s\n", i+1, name)
 		}
 		return nil
 	}
@@ -244,7 +274,7 @@ func kill(c *call) error {
 		if err != nil {
 			return fmt.Errorf("%s: no process id", a)
 		}
-		if err := syscall.Kill(pid, sig); err != nil {
+		if err := send(pid, sig); err != nil {
 			return fmt.Errorf("(%d): %w", pid, err)
 		}
 		return nil
@@ -256,15 +286,21 @@ func sleep(c *call) error {
 		return errUsage("missing operand")
 	}
 	var total time.Duration
+	forever := false
 	for _, a := range c.args {
 		if a == "inf" || a == "infinity" {
-			select {}
+			forever = true
+			continue
 		}
 		d, err := parseDuration(a)
 		if err != nil {
 			return err
 		}
 		total += d
+	}
+	// Not select {}: where nothing else runs the runtime takes that for a deadlock, and ends.
+	for forever {
+		time.Sleep(math.MaxInt64)
 	}
 	time.Sleep(total)
 	return nil
@@ -402,8 +438,22 @@ func timeout(c *call) error {
 	}
 	cmd := exec.Command(o.rest[1], o.rest[2:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// What the command starts is in its group, and must not stay behind.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: !o.has("foreground")}
+	forward := make(chan os.Signal, 8)
+	signal.Notify(forward, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
 	if err := cmd.Start(); err != nil {
 		return c.notRun(o.rest[1], err)
+	}
+	send := func(sig syscall.Signal) {
+		pid := cmd.Process.Pid
+		if !o.has("foreground") {
+			pid = -pid
+		}
+		_ = syscall.Kill(pid, sig) // it may have ended
+		if sig != syscall.SIGKILL {
+			_ = syscall.Kill(pid, syscall.SIGCONT) // a stopped one would not hear it
+		}
 	}
 	done := make(chan struct{})
 	go func() {
@@ -419,12 +469,19 @@ func timeout(c *call) error {
 		select {
 		case <-expired:
 			timedOut = true
-			_ = cmd.Process.Signal(sig) // it may have ended
+			if o.has("v") {
+				c.warn(fmt.Errorf("sending signal %s to command %s", strings.TrimPrefix(unix.SignalName(sig), "SIG"), o.rest[1]))
+			}
+			send(sig)
 			if later > 0 {
 				hard = time.After(later)
 			}
 		case <-hard:
-			_ = cmd.Process.Kill()
+			send(syscall.SIGKILL)
+		case got := <-forward:
+			if got, ok := got.(syscall.Signal); ok {
+				send(got)
+			}
 		case <-done:
 			if timedOut && !o.has("preserve-status") {
 				return errExit(124)
@@ -451,15 +508,38 @@ func xargs(c *call) error {
 	if len(cmd) == 0 {
 		cmd = []string{"echo"}
 	}
-	var items []string
+	number := func(name string) (int, error) {
+		v := o.val(name, "")
+		if v == "" {
+			return 0, nil
+		}
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 1 && name != "P" || n < 0 {
+			return 0, errUsage("invalid number " + v)
+		}
+		return n, nil
+	}
+	per, err1 := number("n")
+	perLines, err2 := number("L")
+	atOnce, err3 := number("P")
+	for _, err := range []error{err1, err2, err3} {
+		if err != nil {
+			return err
+		}
+	}
 	in := new(strings.Builder)
 	if _, err := flushTo(in, c.in); err != nil {
 		return err
 	}
+	mark := o.val("I", "")
+	var items []string
+	var groups [][]string // what goes together in one call
 	switch {
 	case o.has("0"):
-		items = strings.FieldsFunc(in.String(), func(r rune) bool { return r == 0 })
-	case o.has("I") || o.has("L"):
+		if text := strings.TrimSuffix(in.String(), "\x00"); text != "" {
+			items = strings.Split(text, "\x00")
+		}
+	case mark != "" || perLines > 0:
 		for l := range strings.SplitSeq(in.String(), "\n") {
 			if l = strings.TrimSpace(l); l != "" {
 				items = append(items, l)
@@ -468,52 +548,75 @@ func xargs(c *call) error {
 	default:
 		items = splitQuoted(in.String())
 	}
-	per := 0
-	if v := o.val("n", o.val("L", "")); v != "" {
-		if per, err = strconv.Atoi(v); err != nil || per < 1 {
-			return errUsage("invalid number " + v)
-		}
-	}
-	if o.has("I") {
+	switch {
+	case mark != "":
 		per = 1
-	}
-	if len(items) == 0 {
-		if o.has("r") || o.has("I") {
-			return nil
+	case perLines > 0:
+		for lines := range slices.Chunk(items, perLines) {
+			var words []string
+			for _, l := range lines {
+				words = append(words, splitQuoted(l)...)
+			}
+			groups = append(groups, words)
 		}
 		items = nil
 	}
-	status := 0
-	for first := true; first || len(items) > 0; first = false {
+	for len(items) > 0 {
 		n, size := 0, 0
 		for n < len(items) && (per == 0 || n < per) && size < 96<<10 {
 			size += len(items[n]) + 1
 			n++
 		}
+		groups, items = append(groups, items[:n]), items[n:]
+	}
+	if len(groups) == 0 && !o.has("r") && mark == "" {
+		groups = [][]string{nil}
+	}
+	var (
+		mu     sync.Mutex
+		wg     sync.WaitGroup
+		status int
+	)
+	slots := make(chan struct{}, cmp.Or(atOnce, map[bool]int{true: len(groups) + 1, false: 1}[o.has("P")]))
+	for _, words := range groups {
 		args := slices.Clone(cmd)
-		if mark := o.val("I", ""); mark != "" {
+		if mark != "" {
 			for i := range args {
-				args[i] = strings.ReplaceAll(args[i], mark, items[0])
+				args[i] = strings.ReplaceAll(args[i], mark, words[0])
 			}
 		} else {
-			args = append(args, items[:n]...)
+			args = append(args, words...)
 		}
-		items = items[n:]
+		slots <- struct{}{}
+		mu.Lock()
+		ended := status
+		mu.Unlock()
+		if ended == 124 {
+			break
+		}
 		if o.has("t") {
 			fmt.Fprintln(c.err, strings.Join(args, " "))
 		}
 		run := exec.Command(args[0], args[1:]...)
 		run.Stdout, run.Stderr = os.Stdout, os.Stderr
 		if err := run.Start(); err != nil {
+			wg.Wait()
 			return c.notRun(args[0], err)
 		}
-		_ = run.Wait() // its state tells
-		if code := exitCode(run.ProcessState); code == 255 {
-			return errExit(124)
-		} else if code != 0 {
-			status = 123
-		}
+		wg.Go(func() {
+			_ = run.Wait() // its state tells
+			mu.Lock()
+			defer mu.Unlock()
+			switch code := exitCode(run.ProcessState); {
+			case code == 255:
+				status = 124
+			case code != 0 && status == 0:
+				status = 123
+			}
+			<-slots
+		})
 	}
+	wg.Wait()
 	if status != 0 {
 		return errExit(status)
 	}

@@ -33,7 +33,7 @@ type sedCmd struct {
 
 // sed knows the commands s, d, p, q, a, i, c and =.
 func sed(c *call) error {
-	o, err := c.parse("n|quiet|silent e|expression: i|in-place E|regexp-extended r f|file: s")
+	o, err := c.parse("n|quiet|silent e|expression: i|in-place? E|regexp-extended r f|file: s")
 	if err != nil {
 		return err
 	}
@@ -70,15 +70,32 @@ func sed(c *call) error {
 		if err := sedRun(&out, bytes.NewReader(b), cmds, o.has("n"), &n); err != nil {
 			return err
 		}
+		if suffix := o.val("i", ""); suffix != "" {
+			if err := os.WriteFile(name+suffix, b, 0o644); err != nil {
+				return err
+			}
+		}
 		return os.WriteFile(name, out.Bytes(), 0o644)
 	})
 }
 
+// sedRun edits one input. A last line without a newline is written without one.
 func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error {
 	var held *string
 	quit := false
-	do := func(text string, last bool) {
+	do := func(line string, last bool) {
 		*n++
+		text, whole := strings.CutSuffix(line, "\n")
+		missing := false
+		print := func(s string) {
+			if missing {
+				fmt.Fprintln(w)
+			}
+			fmt.Fprint(w, s)
+			if missing = !whole; whole {
+				fmt.Fprintln(w)
+			}
+		}
 		after, deleted := "", false
 		for _, cm := range cmds {
 			if !cm.selects(*n, last, text) {
@@ -88,7 +105,7 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 			case 's':
 				var done bool
 				if text, done = cm.substitute(text); done && cm.print_ {
-					fmt.Fprintln(w, text)
+					print(text)
 				}
 			case 'd':
 				deleted = true
@@ -96,7 +113,7 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 				fmt.Fprintln(w, cm.text)
 				deleted = true
 			case 'p':
-				fmt.Fprintln(w, text)
+				print(text)
 			case 'q':
 				quit = true
 			case 'a':
@@ -111,11 +128,14 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 			}
 		}
 		if !deleted && !quiet {
-			fmt.Fprintln(w, text)
+			print(text)
+		}
+		if after != "" && missing {
+			fmt.Fprintln(w)
 		}
 		fmt.Fprint(w, after)
 	}
-	err := lines(r, func(l string) bool {
+	err := fullLines(r, func(l string) bool {
 		if held != nil {
 			do(*held, false)
 		}

@@ -410,7 +410,7 @@ func parseTime(s string) (time.Time, error) {
 }
 
 func date(c *call) error {
-	o, err := c.parse("u|utc d|date: R I Iseconds r: s|set:")
+	o, err := c.parse("u|utc|universal d|date: R|rfc-email I|iso-8601? r|reference: s|set:")
 	if err != nil {
 		return err
 	}
@@ -442,7 +442,12 @@ func date(c *call) error {
 	case o.has("R"):
 		fmt.Fprintln(c.out, t.Format(time.RFC1123Z))
 	case o.has("I"):
-		fmt.Fprintln(c.out, t.Format("2006-01-02"))
+		layout, ok := map[string]string{"": "2006-01-02", "date": "2006-01-02", "hours": "2006-01-02T15-07:00", "minutes": "2006-01-02T15:04-07:00",
+			"seconds": "2006-01-02T15:04:05-07:00", "ns": "2006-01-02T15:04:05,000000000-07:00"}[o.val("I", "")]
+		if !ok {
+			return errUsage("invalid precision " + o.val("I", ""))
+		}
+		fmt.Fprintln(c.out, t.Format(layout))
 	case len(o.rest) > 0 && strings.HasPrefix(o.rest[0], "+"):
 		s, err := strftime(t, o.rest[0][1:])
 		if err != nil {

@@ -55,7 +55,7 @@ func (f flushWriter) Write(p []byte) (int, error) {
 // count reads the number of head and tail, also in the old form -5.
 func (c *call) count() (options, int64, bool, error) {
 	for i, a := range c.args {
-		if len(a) > 1 && a[0] == '-' && a[1] >= '0' && a[1] <= '9' {
+		if value := i > 0 && (c.args[i-1] == "-n" || c.args[i-1] == "-c"); !value && len(a) > 1 && a[0] == '-' && a[1] >= '0' && a[1] <= '9' {
 			c.args[i] = "-n" + a[1:]
 		}
 	}
@@ -67,7 +67,7 @@ func (c *call) count() (options, int64, bool, error) {
 	if o.has("c") {
 		v = o.val("c", "")
 	}
-	n, err := parseSize(strings.TrimLeft(v, "+"))
+	n, err := parseSize(strings.TrimLeft(v, "+-"))
 	if err != nil {
 		return o, 0, false, errUsage("invalid number " + v)
 	}
@@ -93,7 +93,23 @@ func head(c *call) error {
 	if err != nil {
 		return err
 	}
+	butLast := strings.HasPrefix(o.val("n", ""), "-") || strings.HasPrefix(o.val("c", ""), "-")
 	return c.headings(o, func(r io.Reader) error {
+		switch {
+		case butLast && isBytes:
+			b, err := io.ReadAll(r)
+			c.out.Write(b[:max(0, int64(len(b))-n)])
+			return err
+		case butLast:
+			var held []string
+			return fullLines(r, func(l string) bool {
+				if held = append(held, l); int64(len(held)) > n {
+					c.out.WriteString(held[0])
+					held = held[1:]
+				}
+				return true
+			})
+		}
 		if isBytes {
 			_, err := io.CopyN(c.out, r, n)
 			if errors.Is(err, io.EOF) {
@@ -105,8 +121,8 @@ func head(c *call) error {
 			return nil
 		}
 		left := n
-		return lines(r, func(l string) bool {
-			c.out.WriteString(l + "\n")
+		return fullLines(r, func(l string) bool {
+			c.out.WriteString(l)
 			left--
 			return left > 0
 		})
@@ -134,9 +150,9 @@ func tail(c *call) error {
 			c.out.Write(b)
 		case fromStart:
 			i := int64(0)
-			if err := lines(r, func(l string) bool {
+			if err := fullLines(r, func(l string) bool {
 				if i++; i >= n {
-					c.out.WriteString(l + "\n")
+					c.out.WriteString(l)
 				}
 				return true
 			}); err != nil {
@@ -144,7 +160,7 @@ func tail(c *call) error {
 			}
 		default:
 			var last []string
-			if err := lines(r, func(l string) bool {
+			if err := fullLines(r, func(l string) bool {
 				if last = append(last, l); int64(len(last)) > 2*n+1024 {
 					last = append([]string(nil), last[int64(len(last))-n:]...)
 				}
@@ -153,7 +169,7 @@ func tail(c *call) error {
 				return err
 			}
 			for _, l := range last[max(0, int64(len(last))-n):] {
-				c.out.WriteString(l + "\n")
+				c.out.WriteString(l)
 			}
 		}
 		if !o.has("f") && !o.has("F") {

@@ -54,7 +54,12 @@ func Main(args []string) int {
 		return 127
 	}
 	c := &call{name: name, args: args[1:], in: os.Stdin, out: bufio.NewWriterSize(os.Stdout, 32<<10), err: os.Stderr, raw: os.Stdout}
-	err := run(c)
+	ignoreInherited()
+	return c.end(run(c))
+}
+
+// end says how a command went, and returns its exit code.
+func (c *call) end(err error) int {
 	if ferr := c.out.Flush(); err == nil {
 		err = ferr
 	}
@@ -164,10 +169,15 @@ func (c *call) inputs(args []string, f func(name string, r io.Reader) error) err
 
 // lines runs f for each line, without its newline; f returns false to end early.
 func lines(r io.Reader, f func(line string) bool) error {
+	return fullLines(r, func(line string) bool { return f(strings.TrimSuffix(line, "\n")) })
+}
+
+// fullLines runs f for each line with its newline, which the last one may not have.
+func fullLines(r io.Reader, f func(line string) bool) error {
 	br := bufio.NewReaderSize(r, 64<<10)
 	for {
 		line, err := br.ReadString('\n')
-		if line != "" && !f(strings.TrimSuffix(line, "\n")) {
+		if line != "" && !f(line) {
 			return nil
 		}
 		if errors.Is(err, io.EOF) {
@@ -181,8 +191,19 @@ func lines(r io.Reader, f func(line string) bool) error {
 
 // options are parsed flags.
 type options struct {
-	vals map[string][]string
-	rest []string
+	vals  map[string][]string
+	order []string // the flags as they came
+	rest  []string
+}
+
+// last returns which of some flags, each of which takes back the others, came last.
+func (o options) last(names ...string) string {
+	for _, f := range slices.Backward(o.order) {
+		if slices.Contains(names, f) {
+			return f
+		}
+	}
+	return ""
 }
 
 func (o options) has(name string) bool { return len(o.vals[name]) > 0 }
@@ -195,22 +216,27 @@ func (o options) val(name, def string) string {
 	return def
 }
 
-// parse reads flags as getopt does. The spec is a list of names separated by blanks: "a" is a flag, "n:" takes a value, "r|R|recursive" is
-// one flag under several names, kept under the first. A spec that begins with "+" ends the flags at the first other argument.
+// parse reads flags as getopt does. The spec is a list of names separated by blanks: "a" is a flag, "n:" takes a value, "i?" may have one,
+// as -iVALUE or --long=VALUE but never in the next word, "r|R|recursive" is one flag under several names, kept under the first. A spec that begins with "+" ends the flags at the first other argument.
 func (c *call) parse(spec string) (options, error) {
 	o := options{vals: map[string][]string{}}
 	inOrder := strings.HasPrefix(spec, "+")
 	type flag struct {
-		name  string
-		value bool
+		name            string
+		value, optional bool
 	}
 	known := map[string]flag{}
 	for _, f := range strings.Fields(strings.TrimPrefix(spec, "+")) {
 		names, value := strings.CutSuffix(f, ":")
+		names, optional := strings.CutSuffix(names, "?")
 		all := strings.Split(names, "|")
 		for _, n := range all {
-			known[n] = flag{all[0], value}
+			known[n] = flag{all[0], value, optional}
 		}
+	}
+	add := func(name, v string) {
+		o.vals[name] = append(o.vals[name], v)
+		o.order = append(o.order, name)
 	}
 	args := c.args
 	for len(args) > 0 {
@@ -226,13 +252,16 @@ func (c *call) parse(spec string) (options, error) {
 			if !ok || len(name) == 1 {
 				return o, errUsage("unknown option " + a)
 			}
+			if given && !f.value && !f.optional {
+				return o, errUsage("option --" + name + " takes no value")
+			}
 			if f.value && !given {
 				if len(args) == 0 {
 					return o, errUsage("option " + a + " needs a value")
 				}
 				v, args = args[0], args[1:]
 			}
-			o.vals[f.name] = append(o.vals[f.name], v)
+			add(f.name, v)
 		case len(a) > 1 && a[0] == '-':
 			args = args[1:]
 			for i := 1; i < len(a); i++ {
@@ -240,18 +269,18 @@ func (c *call) parse(spec string) (options, error) {
 				if !ok {
 					return o, errUsage(fmt.Sprintf("unknown option -%c", a[i]))
 				}
-				if !f.value {
-					o.vals[f.name] = append(o.vals[f.name], "")
+				if !f.value && !f.optional {
+					add(f.name, "")
 					continue
 				}
 				v := a[i+1:]
-				if v == "" {
+				if v == "" && f.value {
 					if len(args) == 0 {
 						return o, errUsage(fmt.Sprintf("option -%c needs a value", a[i]))
 					}
 					v, args = args[0], args[1:]
 				}
-				o.vals[f.name] = append(o.vals[f.name], v)
+				add(f.name, v)
 				break
 			}
 		case inOrder:
@@ -271,4 +300,20 @@ func (o options) need(n int) error {
 		return errUsage("missing operand")
 	}
 	return nil
+}
+
+// ask puts a question and tells whether the answer begins with y. No answer is no.
+func (c *call) ask(format string, args ...any) bool {
+	_ = c.out.Flush() // its failure is reported at the end
+	fmt.Fprintf(c.err, c.name+": "+format+"? ", args...)
+	var line []byte
+	for {
+		var b [1]byte
+		n, err := c.in.Read(b[:])
+		if n > 0 && b[0] != '\n' {
+			line = append(line, b[0])
+		} else if n > 0 || err != nil {
+			return len(line) > 0 && (line[0] == 'y' || line[0] == 'Y')
+		}
+	}
 }

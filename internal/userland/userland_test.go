@@ -56,11 +56,13 @@ func runScript(t *testing.T, script, stdin string) (out, errOut string, code int
 	return o.String(), e.String(), exitCode(cmd.ProcessState)
 }
 
+type commandTest struct {
+	script, stdin, out string
+	code               int
+}
+
 func TestCommands(t *testing.T) {
-	for name, tc := range map[string]struct {
-		script, stdin, out string
-		code               int
-	}{
+	runTests(t, map[string]commandTest{
 		"arguments":       {script: `echo "$1-$2-$#"`, out: "first-second-2\n"},
 		"status":          {script: "false", code: 1},
 		"exit":            {script: "exit 7", code: 7},
@@ -112,10 +114,16 @@ func TestCommands(t *testing.T) {
 		"date":            {script: "date -u -d @86400 '+%Y-%m-%d %H:%M:%S %j %s'", out: "1970-01-02 00:00:00 002 86400\n"},
 		"tee":             {script: "echo a | tee f | cat; cat f", out: "a\na\n"},
 		"cmp":             {script: "echo a >f; echo b >g; cmp -s f g; echo $?; cmp f f; echo $?", out: "1\n0\n"},
+		"sleep":           {script: "timeout 0.2 sleep infinity; echo $?; timeout 0.2 sleep 1 inf; echo $?", out: "124\n124\n"},
 		"unknown option":  {script: "ls --nosuch", code: 2},
 		"touch":           {script: "touch -d @0 f; stat -c %Y f; touch -c none; ls", out: "0\nf\n"},
 		"fifo":            {script: "mkfifo p; echo through >p & cat p; wait", out: "through\n"},
-	} {
+	})
+}
+
+func runTests(t *testing.T, tests map[string]commandTest) {
+	for name, tc := range tests {
+
 		t.Run(name, func(t *testing.T) {
 			out, errOut, code := runScript(t, tc.script, tc.stdin)
 			if out != tc.out || code != tc.code {
@@ -123,4 +131,58 @@ func TestCommands(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestShell(t *testing.T) {
+	runTests(t, map[string]commandTest{
+		"name":                    {script: `echo $0 "${0##*m}"; eval 'echo $0'; f() { echo $0; }; f; (echo $0); printf 'echo "$0"\n' >s; sh ./s; . ./s; sh -c 'echo $0'; echo 'echo $0' | sh`, out: "name e\nname\nname\nname\n./s\nname\nsh\nsh\n"},
+		"trap":                    {script: "trap 'echo got; exit 3' TERM; kill -TERM $$; echo no", out: "got\n", code: 3},
+		"trap goes on":            {script: "trap 'echo got $x' USR1; x=1; kill -USR1 $$; echo on; false; kill -s USR1 $$; echo $?", out: "got 1\non\ngot 1\n0\n"},
+		"trap from outside":       {script: "trap 'echo got; exit 3' TERM; (kill $$) & while :; do sleep 0.01; done", out: "got\n", code: 3},
+		"trap several":            {script: "trap 'echo bye' EXIT INT; kill -INT $$; trap - INT; trap", out: "bye\ntrap -- \"echo bye\" EXIT\nbye\n"},
+		"trap by number":          {script: "trap 'echo 15' 15; trap; kill $$; trap - 15; kill $$; echo no", out: "trap -- 'echo 15' TERM\n15\n", code: 143},
+		"trap ignores":            {script: "trap '' TERM; kill $$; sh -c 'kill $$; echo child'; (kill $$; echo sub); trap - TERM; sh -c 'kill $$'; echo $?", out: "child\nsub\n143\n"},
+		"trap ignores in program": {script: "trap '' TERM USR1; sleep 0.2 & kill $!; kill -USR1 $!; wait $!; echo $?", out: "0\n"},
+		"trap in wait":            {script: "trap 'echo got' TERM; sleep 10 & p=$!; (kill $$) & wait $p; echo $?; kill %1; wait %1; echo $?", out: "got\n143\n143\n"},
+		"trap in a function":      {script: "f() { trap 'echo got' USR1; }; f; kill -USR1 $$; echo on", out: "got\non\n"},
+		"trap in a subshell":      {script: "trap 'echo no' USR1; (trap 'echo sub' USR1; sh -c 'kill -USR1 $PPID'; echo in) ; echo on", out: "sub\nin\non\n"},
+		"trap mistakes":           {script: "trap x NOSUCH", code: 1},
+		"umask":                   {script: "umask 027; umask; umask -S; >f; mkdir d; stat -c %a f d; umask g+w; umask; (umask 0; >g; umask); umask; stat -c %a g; x=$(umask); echo $x", out: "0027\nu=rwx,g=rx,o=\n640\n750\n0007\n0000\n0007\n666\n0007\n"},
+		"ulimit":                  {script: "ulimit -n 64; ulimit -n; ulimit -Sn 32; ulimit -n; ulimit -Hn; ulimit -a | grep -c .; (ulimit -n 16; ulimit -n); ulimit -n; ulimit -n no 2>/dev/null || echo refused; ulimit -c 0; ulimit -c", out: "64\n32\n64\n10\n16\n32\nrefused\n0\n"},
+		"job":                     {script: "sleep 10 & kill $!; wait $!; echo $?", out: "143\n"},
+		"job that fails":          {script: "(exit 3) & wait $!; echo $?; f() { return 4; }; f & wait $!; echo $?; wait 1; echo $?; wait; echo $?", out: "3\n4\n127\n0\n"},
+		"job's surroundings": {script: "x=\"it's\"; a=(1 2); y=3; f() { echo $x-${a[1]}-$y-$1-$2; }; export y; set -u; cd /; { pwd; f $1 $2; } >/dev/stdout & p=$$; wait; [ $p = $$ ] && echo same",
+			out: "/\nit's-2-3-first-second\nsame\n"},
+		"job's pid":          {script: "sh -c 'echo $$ >f' & wait; [ $(cat f) = $! ] && echo same", out: "same\n"},
+		"jobs":               {script: "jobs; sleep 5 & jobs; jobs -p | wc -l; kill %1; wait; jobs; : & wait -n; echo $?", out: "[1] Running\tsleep 5\n1\n0\n"},
+		"job ignores ^C":     {script: "{ >f; sleep 0.1; } & until [ -e f ]; do :; done; kill -INT $!; wait $!; echo $?", out: "0\n"},
+		"job outlives":       {script: "mkfifo p q r; sh -c '(read x <p; echo late; >r) & read x <q && echo too &'; echo first; echo >p; read x <r; echo >q", out: "first\nlate\ntoo\n"},
+		"job in $()":         {script: "x=$(echo a & wait; echo b); echo $x; (echo c | cat &)", out: "a b\nc\n"},
+		"job with document":  {script: "cat <<E & wait\n$1 'q'\nE\n", out: "first 'q'\n"},
+		"job and errexit":    {script: "set -e; false & wait; (false; echo no) & wait $! || echo $?", out: "1\n"},
+		"environment":        {script: "unset HOME; A=1; export B=2; sh -c 'echo $HOME-$A-$B'; sh -c env | grep -c __sh", out: "--2\n0\n", code: 1},
+		"exec order":         {script: "sh -c 'exec sh -c \"echo out; echo err >&2\" 2>&1 >f'; cat f", out: "err\nout\n"},
+		"pipefail in a job":  {script: "set -o pipefail; (false | true) & wait $!; echo $?", out: "1\n"},
+		"command and test":   {script: "command umask 022; command -v umask; wait() { echo mine; }; wait", out: "umask\nmine\n"},
+		"backslashes":        {script: `x=a\ b\'c; echo $x; echo hi >f\ g; cat f*; case a\*b in a\*b) echo star ;; esac; export y='it'\''s'; echo "$y"; z="\$a"; echo $z`, out: "a b'c\nhi\nstar\nit's\n$a\n"},
+		"exec with document": {script: "exec cat <<E\n$1\nE\n", out: "first\n"},
+		"read in a pipeline": {script: "echo v | while read x; do echo $x; done; echo w | { read x; echo $x$?; }", out: "v\nw0\n"},
+	})
+}
+
+func TestOptions(t *testing.T) {
+	runTests(t, map[string]commandTest{
+		"color":           {script: "echo foo >f; grep --color foo f; grep --color=auto foo f; mkdir d; >d/x; ls --color d; ls --color=never d; ls --all=1 d || echo refused", out: "foo\nfoo\nx\nx\nrefused\n"},
+		"date precision":  {script: "date -u -d @0 -I; date -u -d @0 -Iseconds; date -u -d @0 --iso-8601=minutes; date -Ino || echo refused", out: "1970-01-01\n1970-01-01T00:00:00+00:00\n1970-01-01T00:00+00:00\nrefused\n"},
+		"no last newline": {script: `printf 'a\nb' | head -n 5; echo .; printf 'a\nb' | tail -n 1; echo .; printf 'a\nb' | tail -n +2; echo .; printf 'a\nb' | sed s/b/c/; echo .; printf b | sed -n 'p;p'; echo .; printf b >f; sed -i.old s/b/c/ f; wc -c f f.old | head -n 1`, out: "a\nb.\nb.\nb.\na\nc.\nb\nb.\n1 f\n"},
+		"head but last":   {script: "seq 3 | head -n -1; printf abc | head -c -1", out: "1\n2\nab"},
+		"find quit":       {script: "mkdir d; >d/a; >d/b; find d -type f -print -quit | wc -l; find d -type f -quit", out: "1\n"},
+		"find ok":         {script: "mkdir d; >d/a; >d/b; printf 'y\\nn\\n' | find d -type f -ok echo {} \\; 2>/dev/null | wc -l", out: "1\n"},
+		"find xdev":       {script: "find / -xdev -maxdepth 1 -name proc -o -maxdepth 1 -name nosuch; find / -maxdepth 1 -name proc", out: "/proc\n"},
+		"timeout's group": {script: "mkfifo p q; cat p & timeout 60 sh -c '{ echo >q; sleep 60; } >p & wait' & t=$!; read x <q; kill $t; wait; echo done", out: "done\n"},
+		"timeout forwards": {script: "mkfifo p; timeout 9 sh -c 'trap \"echo got; exit 5\" TERM; echo ready >p; while :; do sleep 0.01; done' & read x <p; kill $!; wait $!; echo $?",
+			out: "got\n5\n"},
+		"xargs by lines": {script: "printf 'a b\\nc\\n' | xargs -L1 sh -c 'echo $# $1' x; printf 'a\\nb\\nc\\n' | xargs -L2 echo; printf 'a\\0\\0b\\0' | xargs -0 sh -c 'echo $#' x; seq 4 | xargs -P2 -n1 echo | sort", out: "2 a\n1 c\na b\nc\n3\n1\n2\n3\n4\n"},
+		"grep files":     {script: "echo b >p; printf 'a\\nb\\n' >x.go; echo b >x.c; mkdir s; echo b >s/y.go; grep -f p x.go; grep -rl --include='*.go' --exclude-dir=s b .; grep -s b nosuch; echo $?", out: "b\n./x.go\n2\n"},
+	})
 }
