@@ -17,15 +17,20 @@ import (
 
 // serve answers clients until the listener is closed.
 func (r *running) serve() {
+	wait := time.Duration(0)
 	for {
 		c, err := r.listener.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil {
-			r.s.log.Warn("accept", "error", err)
-			return
+			// Descriptors or memory are short: that passes, and a box that nobody can talk to does not help.
+			wait = min(max(5*time.Millisecond, 2*wait), time.Second)
+			r.s.log.Warn("accept", "error", err, "again_in", wait)
+			time.Sleep(wait)
+			continue
 		}
+		wait = 0
 		go r.client(c)
 	}
 }

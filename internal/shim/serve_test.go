@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -419,6 +421,52 @@ func TestDelivered(t *testing.T) {
 	if st, err := slow.p.Wait(t.Context()); err != nil || st.Code != 3 || !bytes.Equal(slow.out.bytes(), want) {
 		t.Errorf("code %d, %v, %d of %d bytes", st.Code, err, len(slow.out.bytes()), len(want))
 	}
+}
+
+// failing fails to accept a few times.
+type failing struct {
+	net.Listener
+	left atomic.Int32
+}
+
+func (f *failing) Accept() (net.Conn, error) {
+	if f.left.Add(-1) >= 0 {
+		return nil, syscall.EMFILE
+	}
+	return f.Listener.Accept()
+}
+
+// TestAcceptFails: a connection that could not be accepted keeps no other from being.
+func TestAcceptFails(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &failing{Listener: l}
+	f.left.Store(3)
+	b := serveBox(t, 0)
+	r := &running{s: b.r.s, agent: b.r.agent, listener: f}
+	served := make(chan struct{})
+	go func() {
+		r.serve()
+		close(served)
+	}()
+	c, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := wire.NewClient(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := wire.NewClientOf(s).Sync(ctx); err != nil {
+		t.Error(err)
+	}
+	l.Close()
+	<-served
 }
 
 // TestRelay: what the shim does not serve itself reaches the agent, and its answer the client.
