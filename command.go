@@ -106,7 +106,7 @@ func (c *Command) Start() error {
 // Wait waits for the program and its output. A code other than 0 is an [*ExitError].
 func (c *Command) Wait() error {
 	if c.proc == nil {
-		return errors.New("command was not started")
+		return errNotStarted
 	}
 	st, err := c.proc.Wait(c.ctx)
 	c.stop()
@@ -162,19 +162,38 @@ func (l *limited) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// PID is the program's number inside the box, once it was started.
-func (c *Command) PID() int { return c.proc.PID() }
+// errNotStarted answers what only a started program can do.
+var errNotStarted = errors.New("command was not started: call Start first")
+
+// PID is the program's number inside the box; 0 before it was started.
+func (c *Command) PID() int {
+	if c.proc == nil {
+		return 0
+	}
+	return c.proc.PID()
+}
 
 // Signal sends a signal to the started program.
-func (c *Command) Signal(ctx context.Context, n int) error { return c.proc.Signal(ctx, n) }
+func (c *Command) Signal(ctx context.Context, n int) error {
+	if c.proc == nil {
+		return errNotStarted
+	}
+	return c.proc.Signal(ctx, n)
+}
 
 // Resize sets the size of its terminal.
 func (c *Command) Resize(ctx context.Context, rows, cols uint16) error {
+	if c.proc == nil {
+		return errNotStarted
+	}
 	return c.proc.Resize(ctx, rows, cols)
 }
 
 // Release lets go of a started, detached program.
 func (c *Command) Release() error {
+	if c.proc == nil {
+		return errNotStarted
+	}
 	c.stop()
 	return errors.Join(c.proc.Close(), c.client.Close())
 }
