@@ -181,6 +181,11 @@ func (p *Process) Wait(ctx context.Context) (ExitStatus, error) {
 	case <-p.done:
 		return p.exit, p.err
 	case <-ctx.Done():
+	}
+	select {
+	case <-p.done:
+		return p.exit, p.err // both, and that is no reason to forget the outcome
+	default:
 		return ExitStatus{}, ctx.Err()
 	}
 }
