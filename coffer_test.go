@@ -248,3 +248,17 @@ func TestCancel(t *testing.T) {
 		}
 	}
 }
+
+// TestNotStarted: what only a started command can do is an error before, and nothing worse.
+func TestNotStarted(t *testing.T) {
+	var c coffer.Command
+	if c.PID() != 0 {
+		t.Errorf("PID = %d", c.PID())
+	}
+	for name, err := range map[string]error{"Signal": c.Signal(t.Context(), 15), "Resize": c.Resize(t.Context(), 1, 1), "Release": c.Release(),
+		"Wait": c.Wait()} {
+		if err == nil || !strings.Contains(err.Error(), "not started") {
+			t.Errorf("%s = %v", name, err)
+		}
+	}
+}

@@ -29,7 +29,8 @@ type Command struct {
 	Stdin  io.Reader
 	Stdout io.Writer
 	Stderr io.Writer
-	// Timeout kills the program and all of its session; the status then says so. 0: never.
+	// Timeout kills the program and all of its session; the status then says so. 0: never. In a box that does not even answer any
+	// more, the command ends all the same, a few seconds later.
 	Timeout time.Duration
 	// Detach lets the program run on after this process is gone. Without it, the end of the context given to Command, and the
 	// end of this process, kill the program and all of its session.
@@ -37,6 +38,7 @@ type Command struct {
 
 	box    *Box
 	ctx    context.Context // as in os/exec, the command's
+	limit  context.Context // the same, and the end of all patience with Timeout
 	client *wire.Client
 	proc   *wire.Process
 	stop   func() bool
@@ -85,35 +87,59 @@ func (c *Command) Start() error {
 	if err != nil {
 		return err
 	}
-	client, err := c.box.connect(c.ctx, state.Running)
+	limit, cancel := c.ctx, func() {}
+	if c.Timeout > 0 {
+		// The agent keeps the time, but root in the box can stop the agent.
+		limit, cancel = context.WithTimeout(c.ctx, min(c.Timeout, maxTimeout)+grace)
+	}
+	client, err := c.box.connect(limit, state.Running)
 	if err != nil {
+		cancel()
 		return err
 	}
 	m := rec.Spec.Main
-	p, err := client.Start(c.ctx, wire.ExecRequest{Detach: c.Detach, Process: spec.Process{
+	p, err := client.Start(limit, wire.ExecRequest{Detach: c.Detach, Process: spec.Process{
 		Args: append([]string{c.Path}, c.Args[min(1, len(c.Args)):]...), Env: mergeEnv(m.Env, c.Env), Dir: first(c.Dir, m.Dir),
 		User: first(c.User, m.User), TTY: c.TTY, WinSize: spec.WinSize{Rows: c.Rows, Cols: c.Cols}, Timeout: c.Timeout, Rlimits: m.Rlimits,
 	}}, wire.IO{Stdin: c.Stdin, Stdout: c.Stdout, Stderr: c.Stderr})
 	if err != nil {
 		client.Close()
+		if limit.Err() != nil && c.ctx.Err() == nil {
+			err = timedOut()
+		}
+		cancel()
 		return fmt.Errorf("run %s in box %s: %w", c.Path, rec.Name, err)
 	}
-	c.client, c.proc = client, p
+	c.client, c.proc, c.limit = client, p, limit
 	// Closing the process ends its control stream, at which the agent kills the program's session.
-	c.stop = context.AfterFunc(c.ctx, func() { p.Close() })
+	stop := context.AfterFunc(limit, func() { p.Close() })
+	c.stop = func() bool {
+		defer cancel()
+		return stop()
+	}
 	return nil
 }
+
+// maxTimeout is as good as never, and can be added to.
+const maxTimeout = 10 * 365 * 24 * time.Hour
+
+// timedOut is the end of a program that the box does not tell about.
+func timedOut() *ExitError { return &ExitError{Code: 137, Signal: 9, TimedOut: true} }
 
 // Wait waits for the program and its output. A code other than 0 is an [*ExitError].
 func (c *Command) Wait() error {
 	if c.proc == nil {
-		return errors.New("command was not started")
+		return errNotStarted
 	}
-	st, err := c.proc.Wait(c.ctx)
+	st, err := c.proc.Wait(c.limit)
+	late := err != nil && c.limit.Err() != nil
 	c.stop()
 	err = errors.Join(err, c.client.Close())
 	if cerr := c.ctx.Err(); cerr != nil {
 		return cerr
+	}
+	if late {
+		return timedOut()
 	}
 	if err != nil {
 		return fmt.Errorf("run %s in box %s: %w", c.Path, c.box.name, err)
@@ -163,19 +189,38 @@ func (l *limited) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// PID is the program's number inside the box, once it was started.
-func (c *Command) PID() int { return c.proc.PID() }
+// errNotStarted answers what only a started program can do.
+var errNotStarted = errors.New("command was not started: call Start first")
+
+// PID is the program's number inside the box; 0 before it was started.
+func (c *Command) PID() int {
+	if c.proc == nil {
+		return 0
+	}
+	return c.proc.PID()
+}
 
 // Signal sends a signal to the started program.
-func (c *Command) Signal(ctx context.Context, n int) error { return c.proc.Signal(ctx, n) }
+func (c *Command) Signal(ctx context.Context, n int) error {
+	if c.proc == nil {
+		return errNotStarted
+	}
+	return c.proc.Signal(ctx, n)
+}
 
 // Resize sets the size of its terminal.
 func (c *Command) Resize(ctx context.Context, rows, cols uint16) error {
+	if c.proc == nil {
+		return errNotStarted
+	}
 	return c.proc.Resize(ctx, rows, cols)
 }
 
 // Release lets go of a started, detached program.
 func (c *Command) Release() error {
+	if c.proc == nil {
+		return errNotStarted
+	}
 	c.stop()
 	return errors.Join(c.proc.Close(), c.client.Close())
 }

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/coffer-box/coffer/internal/lifecycle"
 	"github.com/coffer-box/coffer/internal/shim"
 	"github.com/coffer-box/coffer/internal/spec"
 	"github.com/coffer-box/coffer/internal/state"
@@ -316,6 +317,7 @@ type Attachment struct {
 	proc   *wire.Process
 	client *wire.Client
 	shim   *supervise.Watcher // of a box that this attachment started
+	gen    uint64             // the generation that it started
 }
 
 // AttachOptions say how to attach.
@@ -374,7 +376,7 @@ func (b *Box) StartAttached(ctx context.Context, o AttachOptions) (*Attachment, 
 		}
 		a, err = attach(ctx, c, o, shim.AttachRequest{Start: true, CloseStdin: true})
 		if err == nil {
-			a.shim = watch
+			a.shim, a.gen = watch, rec.Generation
 			return nil
 		}
 		// The shim reports the failure in the record, and ends.
@@ -410,11 +412,27 @@ func (a *Attachment) Resize(ctx context.Context, rows, cols uint16) error {
 func (a *Attachment) Close() error { return errors.Join(a.proc.Close(), a.client.Close()) }
 
 // Settle waits, after [Attachment.Wait] on a box that it started, until the box is at rest: its supervisor gone, its policy carried
-// out, nothing of it left. It returns false if the box was removed by that policy.
+// out, nothing of it left. It returns false if the box was removed by that policy. A box that is to run again is not waited for.
 func (b *Box) Settle(ctx context.Context, a *Attachment) (bool, error) {
 	defer a.shim.Close()
-	if err := a.shim.Wait(ctx); err != nil {
-		return false, err
+	for {
+		look, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+		err := a.shim.Wait(look)
+		cancel()
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+			return false, err
+		}
+		rec, err := b.rt.db.Get(ctx, b.id)
+		switch {
+		case errors.Is(err, ErrNotFound): // its supervisor is about to go, too
+		case err != nil:
+			return false, err
+		case rec.Generation > a.gen, lifecycle.WantsRestart(rec):
+			return true, nil
+		}
 	}
 	_, err := b.Info(ctx)
 	if errors.Is(err, ErrNotFound) {

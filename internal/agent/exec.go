@@ -110,6 +110,8 @@ func (a *Agent) follow(ctx context.Context, req wire.ExecRequest, att *wire.Atta
 		// The box ends with its main process. What else runs goes first: it may hold main's output open.
 		a.setStopping()
 		a.killAll()
+		// The shim must not find the box alive for as long as somebody is slow to read the last of its output.
+		_ = att.Ended()
 	}
 	deadline := time.Now().Add(outputGrace)
 	for _, f := range []*os.File{p.stdout, p.stderr} {

@@ -196,13 +196,18 @@ func (a *app) attachCmd() *cobra.Command {
 				return err
 			}
 			defer t.close()
-			ctx := context.WithoutCancel(c.Context())
-			att, err := b.Attach(ctx, t.options(true))
+			run, begun, giveUp := takeover(c.Context())
+			defer giveUp(nil)
+			att, err := b.Attach(run, t.options(true))
+			begun()
 			if err != nil {
 				return err
 			}
-			t.forward(ctx, att)
-			code, err := att.Wait(ctx)
+			t.forward(run, att, giveUp)
+			code, err := att.Wait(run)
+			if err != nil && run.Err() != nil {
+				return context.Cause(run)
+			}
 			if err != nil {
 				return err
 			}
@@ -241,8 +246,9 @@ func (a *app) execCmd() *cobra.Command {
 			return errors.New("--timeout must be more than 0; leave it out for none")
 		}
 		return a.one(c.Context(), args[0], func(b *coffer.Box) error {
-			ctx := context.WithoutCancel(c.Context())
-			cmd := b.Command(ctx, args[1], args[2:]...)
+			run, begun, giveUp := takeover(c.Context())
+			defer giveUp(nil)
+			cmd := b.Command(run, args[1], args[2:]...)
 			cmd.Env, cmd.Dir, cmd.User, cmd.TTY, cmd.Detach, cmd.Timeout = vars, dir, user, tty, detach, timeout
 			if detach {
 				if err := cmd.Start(); err != nil {
@@ -258,10 +264,12 @@ func (a *app) execCmd() *cobra.Command {
 			s := t.io()
 			cmd.Stdin, cmd.Stdout, cmd.Stderr = s.Stdin, s.Stdout, s.Stderr
 			cmd.Rows, cmd.Cols = t.size()
-			if err := cmd.Start(); err != nil {
+			err = cmd.Start()
+			begun()
+			if err != nil {
 				return err
 			}
-			t.forward(ctx, cmd)
+			t.forward(run, cmd, giveUp)
 			return cmd.Wait()
 		})
 	}

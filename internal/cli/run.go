@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/docker/go-units"
@@ -299,16 +301,25 @@ func needImage(_ *cobra.Command, args []string) error {
 // foreground starts a box connected to this terminal and exits with its main process' code.
 func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal) error {
 	defer t.close()
-	// Signals from here on are the box's, and an interrupted command must not leave it half started.
-	ctx = context.WithoutCancel(ctx)
-	att, err := b.StartAttached(ctx, t.options(false))
+	run, begun, giveUp := takeover(ctx)
+	defer giveUp(nil)
+	att, err := b.StartAttached(run, t.options(false))
+	begun()
 	if err != nil {
-		return err
+		if run.Err() == nil {
+			return err
+		}
+		return errors.Join(context.Cause(run), abandon(ctx, b))
 	}
-	t.forward(ctx, att)
-	code, err := att.Wait(ctx)
+	t.forward(run, att, giveUp)
+	code, err := att.Wait(run)
+	if err != nil && run.Err() != nil {
+		return fmt.Errorf("%w; box %s is left as it is", context.Cause(run), b.Name())
+	}
+	settle, stop := signal.NotifyContext(context.WithoutCancel(ctx), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
 	t.close()
-	if _, serr := b.Settle(ctx, att); serr != nil {
+	if _, serr := b.Settle(settle, att); serr != nil {
 		err = errors.Join(err, serr)
 	}
 	if err != nil {
@@ -316,6 +327,16 @@ func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal) error 
 	}
 	if code != 0 {
 		return exitError(code)
+	}
+	return nil
+}
+
+// abandon ends a box whose start was interrupted: it must not be left half started.
+func abandon(ctx context.Context, b *coffer.Box) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	if err := b.Stop(ctx, coffer.WithTimeout(0)); !errors.Is(err, coffer.ErrNotFound) {
+		return err
 	}
 	return nil
 }

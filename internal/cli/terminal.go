@@ -3,11 +3,13 @@ package cli
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/term"
 
@@ -85,22 +87,71 @@ type remote interface {
 	Resize(ctx context.Context, rows, cols uint16) error
 }
 
-// forward passes signals and changes of size on, those since the terminal was made included, until it is closed.
-func (t *terminal) forward(ctx context.Context, to remote) {
+// errInterrupted says that the user wants no more of a connection; it is reported like any other interruption.
+var errInterrupted = fmt.Errorf("interrupted: %w", context.Canceled)
+
+// takeover makes the context of a connection to a box. Until begun is called it ends with ctx, and so at a signal to this program; from
+// then on signals are the box's, and only giveUp ends it.
+func takeover(ctx context.Context) (run context.Context, begun func(), giveUp context.CancelCauseFunc) {
+	run, giveUp = context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { giveUp(errInterrupted) })
+	return run, func() { stop() }, giveUp
+}
+
+// impatience is how soon a second request for an end must follow the first to be meant for this program.
+const impatience = 10 * time.Second
+
+// forward passes signals and changes of size on, those since the terminal was made included, until it is closed. A second SIGINT or
+// SIGTERM that soon follows a first, and one that cannot be delivered, are for this program: it gives up.
+func (t *terminal) forward(ctx context.Context, to remote, giveUp context.CancelCauseFunc) {
+	deliver := make(chan os.Signal, cap(t.signals))
 	go func() {
 		for {
 			select {
 			case <-t.done:
 				return
-			case s := <-t.signals:
-				if s == syscall.SIGWINCH {
-					if rows, cols := t.size(); rows > 0 {
-						_ = to.Resize(ctx, rows, cols)
-					}
-					continue
-				}
-				_ = to.Signal(ctx, int(s.(syscall.Signal)))
+			case s := <-deliver:
+				t.deliver(ctx, to, s, giveUp)
 			}
 		}
 	}()
+	go func() {
+		var last time.Time
+		for {
+			select {
+			case <-t.done:
+				return
+			case s := <-t.signals:
+				if asksForEnd(s) {
+					if !last.IsZero() && time.Since(last) < impatience {
+						giveUp(errInterrupted)
+					}
+					last = time.Now()
+				}
+				select {
+				case deliver <- s:
+				default: // the box takes none
+				}
+			}
+		}
+	}()
+}
+
+func asksForEnd(s os.Signal) bool { return s == syscall.SIGINT || s == syscall.SIGTERM }
+
+func (t *terminal) deliver(ctx context.Context, to remote, s os.Signal, giveUp context.CancelCauseFunc) {
+	if s == syscall.SIGWINCH {
+		if rows, cols := t.size(); rows > 0 {
+			_ = to.Resize(ctx, rows, cols)
+		}
+		return
+	}
+	if err := to.Signal(ctx, int(s.(syscall.Signal))); err == nil || !asksForEnd(s) {
+		return
+	}
+	select {
+	case <-t.done: // what it was for ended just now
+	case <-time.After(time.Second):
+		giveUp(errInterrupted)
+	}
 }

@@ -109,7 +109,14 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 		timer := time.AfterFunc(t, func() { r.stop(lifecycle.ReasonTimeout, 0, r.s.box.Spec.StopTimeout) })
 		defer timer.Stop()
 	}
+	go func() {
+		<-r.main.Ended()
+		r.hub.end()
+		<-r.jail.Done()
+		r.hub.die()
+	}()
 	st, err := r.main.Wait(ctx)
+	r.hub.end()
 	r.status, r.lost = st, err
 	close(r.ended)
 	if r.stdin != nil {
@@ -137,6 +144,9 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 // codeTimeout is what timeout(1) exits with.
 const codeTimeout = 124
 
+// stopGrace is how long after an orderly stop the end of the main process may take to arrive.
+const stopGrace = 3 * time.Second
+
 // stop asks the agent for an orderly end; wait then returns.
 func (r *running) stop(reason string, sig int, timeout time.Duration) {
 	r.mu.Lock()
@@ -151,7 +161,16 @@ func (r *running) stop(reason string, sig int, timeout time.Duration) {
 	timeout = min(timeout, MaxStop)
 	ctx, cancel := context.WithTimeout(context.Background(), timeout+2*time.Second)
 	defer cancel()
-	if _, err := r.agent.Shutdown(ctx, sig, timeout); err != nil {
+	_, err := r.agent.Shutdown(ctx, sig, timeout)
+	if err == nil {
+		// The answer is the guest's word only.
+		select {
+		case <-r.ended:
+		case <-time.After(stopGrace):
+			err = errors.New("the box has not ended, although its agent said so")
+		}
+	}
+	if err != nil {
 		select {
 		case <-r.ended:
 		default:

@@ -17,15 +17,20 @@ import (
 
 // serve answers clients until the listener is closed.
 func (r *running) serve() {
+	wait := time.Duration(0)
 	for {
 		c, err := r.listener.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil {
-			r.s.log.Warn("accept", "error", err)
-			return
+			// Descriptors or memory are short: that passes, and a box that nobody can talk to does not help.
+			wait = min(max(5*time.Millisecond, 2*wait), time.Second)
+			r.s.log.Warn("accept", "error", err, "again_in", wait)
+			time.Sleep(wait)
+			continue
 		}
+		wait = 0
 		go r.client(c)
 	}
 }
@@ -122,9 +127,18 @@ func (r *running) attach(ctx context.Context, meet *wire.Meeting, h wire.Header,
 			return
 		}
 	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-r.hub.ending:
+			_ = att.Ended()
+		case <-s.gone:
+		}
+	}()
 	var pumps sync.WaitGroup
-	pumps.Go(func() { pump(s.out, att.Stdout, s, r.ended) })
-	pumps.Go(func() { pump(s.err, att.Stderr, s, r.ended) })
+	pumps.Go(func() { pump(&s.out, att.Stdout, s, r.ended) })
+	pumps.Go(func() { pump(&s.err, att.Stderr, s, r.ended) })
 	if att.Stdin != nil && r.stdin != nil {
 		go func() {
 			_, _ = io.Copy(r.stdin, att.Stdin)
@@ -149,6 +163,7 @@ func (r *running) attach(ctx context.Context, meet *wire.Meeting, h wire.Header,
 		}
 	}()
 	pumps.Wait()
+	<-ended
 	if s.lagged.Load() {
 		// The exit code would say that this was all of the output.
 		_ = att.Fail(wire.Errorf(wire.CodeFailed, "this client read too slowly and was cut off; the box runs on, and its log has everything"))
@@ -159,6 +174,8 @@ func (r *running) attach(ctx context.Context, meet *wire.Meeting, h wire.Header,
 	default:
 		return // the client is gone
 	}
+	// With this process goes what the client has not taken from the connection yet. It closes its side when it has it all.
+	defer func() { <-s.gone }()
 	status := r.status
 	if r.lost != nil {
 		status = wire.ExitStatus{Code: lifecycle.CodeLost, Signal: 9}

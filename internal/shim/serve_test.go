@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -52,7 +54,7 @@ func serveBox(t testing.TB, logBytes int64) *served {
 	b.r = &running{
 		s: &shim{log: quiet, box: &state.Box{}}, jail: &jail.Jail{}, ended: make(chan struct{}),
 		agent: wire.NewClientOf(fakeAgent(t, agent)),
-		hub:   &hub{slog: quiet, log: log, path: path, subs: map[*sub]bool{}},
+		hub:   newHub(quiet, log, path),
 	}
 	if b.r.listener, err = net.Listen("unix", b.sock); err != nil {
 		t.Fatal(err)
@@ -124,6 +126,7 @@ func (b *served) end(code int) {
 		b.t.Fatal(err)
 	}
 	b.r.status, b.r.lost = b.r.main.Wait(context.Background())
+	b.r.hub.end()
 	close(b.r.ended)
 }
 
@@ -275,39 +278,40 @@ func TestAttach(t *testing.T) {
 // TestNoHole: a client that was cut off gets nothing that came after, however the queue has emptied since.
 func TestNoHole(t *testing.T) {
 	for range 50 {
-		h := &hub{slog: slog.New(slog.DiscardHandler), subs: map[*sub]bool{}}
-		var err error
-		if h.log, err = logfile.NewWriter(filepath.Join(t.TempDir(), "log"), 0, 0); err != nil {
-			t.Fatal(err)
-		}
+		h := testHub(t)
 		s := newSub(false)
 		h.subs[s] = true
 		w := writer{h, logfile.Stdout}
 		for i := range queue + 1 { // one too many
 			fmt.Fprint(w, i)
 		}
-		<-s.out
+		<-s.out.ch
 		fmt.Fprint(w, "after")
 		for range queue - 1 {
-			<-s.out
+			<-s.out.ch
 		}
 		select {
-		case p := <-s.out:
+		case p := <-s.out.ch:
 			t.Fatalf("%q was queued though a piece before it was lost", p)
 		default:
 		}
-		h.log.Close()
 	}
+}
+
+func testHub(t *testing.T) *hub {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "log")
+	log, err := logfile.NewWriter(path, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
+	return newHub(slog.New(slog.DiscardHandler), log, path)
 }
 
 // TestMustClient: the box waits for the client that started it, and no longer once that has gone.
 func TestMustClient(t *testing.T) {
-	h := &hub{slog: slog.New(slog.DiscardHandler), subs: map[*sub]bool{}}
-	var err error
-	if h.log, err = logfile.NewWriter(filepath.Join(t.TempDir(), "log"), 0, 0); err != nil {
-		t.Fatal(err)
-	}
-	defer h.log.Close()
+	h := testHub(t)
 	s := newSub(true)
 	h.subs[s] = true
 	written := make(chan int, queue+2)
@@ -323,14 +327,14 @@ func TestMustClient(t *testing.T) {
 	}
 	// The next is stuck: it goes on with every piece that is taken, and none is lost.
 	for i := range queue + 1 {
-		if got := string(<-s.out); got != fmt.Sprint(i) {
+		if got := string(<-s.out.ch); got != fmt.Sprint(i) {
 			t.Fatalf("piece %s, not %d", got, i)
 		}
 	}
 	for range written {
 	}
 	for i := range queue {
-		if len(s.out) == queue {
+		if len(s.out.ch) == queue {
 			break
 		}
 		fmt.Fprint(writer{h, logfile.Stdout}, i)
@@ -346,6 +350,123 @@ func TestMustClient(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		t.Fatal("the box still waits for a client that has gone")
 	}
+}
+
+// TestEndWaitsForNoReader: the last output of a main process that has ended is kept for the client that started it, and the box's end
+// waits for no reader; what an agent goes on to send all the same has a bound, until nothing of the box lives.
+func TestEndWaitsForNoReader(t *testing.T) {
+	h := testHub(t)
+	s := newSub(true)
+	h.subs[s] = true
+	piece := bytes.Repeat([]byte("x"), 64<<10)
+	written := make(chan int, 1000)
+	go func() {
+		defer close(written)
+		for i := range queue + maxRest/len(piece) + 2 {
+			piece[0] = byte(i)
+			_, _ = writer{h, logfile.Stdout}.Write(piece)
+			written <- i
+		}
+	}()
+	wait := func(n int) {
+		t.Helper()
+		for i := range n {
+			if got, ok := <-written; !ok || got != i && n == queue {
+				t.Fatalf("piece %d: %d, %v", i, got, ok)
+			}
+		}
+	}
+	wait(queue)
+	h.end()
+	wait(maxRest / len(piece))
+	eventually(t, "the bound is met", func() bool { return len(written) == 0 })
+	h.die()
+	wait(2)
+	if _, more := <-written; more {
+		t.Fatal("more was written than there is")
+	}
+	for i := range queue {
+		if p := <-s.out.ch; p[0] != byte(i) {
+			t.Fatalf("piece %d is %d", i, p[0])
+		}
+	}
+	for i, p := range s.out.rest {
+		if p[0] != byte(queue+i) {
+			t.Fatalf("piece %d is %d", queue+i, p[0])
+		}
+	}
+	if want := maxRest/len(piece) + 2; len(s.out.rest) != want {
+		t.Errorf("%d pieces are kept for the end, not %d", len(s.out.rest), want)
+	}
+}
+
+// TestDelivered: the shim's end waits for the clients that have not got theirs, and for none that has gone.
+func TestDelivered(t *testing.T) {
+	b := serveBox(t, 0)
+	later := make(chan struct{})
+	slow, dead := b.attach(t, later), b.attach(t, open())
+	want := text(0, 500_000) // more than fits the connection, less than the queue
+	if _, err := b.main.Stdout.Write(want); err != nil {
+		t.Fatal(err)
+	}
+	dead.conn.Close()
+	b.end(3)
+	// Nobody takes the output, and the shim is let go all the same: the client has it all.
+	b.r.hub.delivered(t.Context())
+	if n := len(slow.out.bytes()); n != 0 {
+		t.Fatalf("%d bytes were taken", n)
+	}
+	slow.conn.Close()
+	close(later)
+	if st, err := slow.p.Wait(t.Context()); err != nil || st.Code != 3 || !bytes.Equal(slow.out.bytes(), want) {
+		t.Errorf("code %d, %v, %d of %d bytes", st.Code, err, len(slow.out.bytes()), len(want))
+	}
+}
+
+// failing fails to accept a few times.
+type failing struct {
+	net.Listener
+	left atomic.Int32
+}
+
+func (f *failing) Accept() (net.Conn, error) {
+	if f.left.Add(-1) >= 0 {
+		return nil, syscall.EMFILE
+	}
+	return f.Listener.Accept()
+}
+
+// TestAcceptFails: a connection that could not be accepted keeps no other from being.
+func TestAcceptFails(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &failing{Listener: l}
+	f.left.Store(3)
+	b := serveBox(t, 0)
+	r := &running{s: b.r.s, agent: b.r.agent, listener: f}
+	served := make(chan struct{})
+	go func() {
+		r.serve()
+		close(served)
+	}()
+	c, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := wire.NewClient(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := wire.NewClientOf(s).Sync(ctx); err != nil {
+		t.Error(err)
+	}
+	l.Close()
+	<-served
 }
 
 // TestRelay: what the shim does not serve itself reaches the agent, and its answer the client.

@@ -112,6 +112,7 @@ type shim struct {
 	handles lifecycle.Handles
 	group   *cgroup.Group
 	host    *cgroup.Host
+	hub     *hub        // of the last generation whose agent answered
 	limits  *jail.Layer // whether the limits that were asked for are enforced; nil: none were
 }
 
@@ -345,7 +346,8 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r.hub = &hub{slog: s.log, log: log, path: s.files.Log(), subs: map[*sub]bool{}}
+	r.hub = newHub(s.log, log, s.files.Log())
+	s.hub = r.hub
 	if r.listener, err = s.listen(ctx); err != nil {
 		return nil, err
 	}
@@ -468,10 +470,26 @@ func (s *shim) finish(ctx context.Context, end lifecycle.End) (again bool, err e
 	if lifecycle.WantsRestart(b) {
 		return s.restart(ctx, pause(b.RestartCount))
 	}
+	s.deliver(ctx, end)
 	if b.Spec.Remove {
 		return false, s.removeSelf(ctx, end)
 	}
 	return false, nil
+}
+
+// deliver waits for the clients that have not taken the last of the output yet. They take it at once, unless they are stopped. Nothing
+// of the box lives meanwhile but this process, which holds the box's lock and is ended by whoever starts or removes the box.
+func (s *shim) deliver(ctx context.Context, end lifecycle.End) {
+	if s.hub == nil {
+		return
+	}
+	if end.Reason == lifecycle.ReasonStopped {
+		// Somebody waits for that lock.
+		var cancel func()
+		ctx, cancel = context.WithTimeout(ctx, stopGrace)
+		defer cancel()
+	}
+	s.hub.delivered(ctx)
 }
 
 // clear kills the tree, sees it empty, and takes this process out of the group so that all of it can be removed.

@@ -140,7 +140,7 @@ func (m *Meeting) gather(ctx context.Context, h Header) (map[string]*Stream, err
 }
 
 // Attachment is the serving side of a process-like connection. Streams the client did not ask for are nil. Exactly one of
-// Fail or Started is sent, and Exit after Started.
+// Fail or Started is sent, and Exit after Started, or Fail when it cannot be told.
 type Attachment struct {
 	control *Stream
 	Stdin   *Stream
@@ -164,6 +164,10 @@ func (a *Attachment) Fail(err error) error {
 	a.Close()
 	return serr
 }
+
+// Ended tells the client, before Exit does, that the process has ended: what is left of its output has a bound, and the client should
+// fetch it however slow its reader is.
+func (a *Attachment) Ended() error { return a.send(status{Ended: true}) }
 
 // Exit tells the client how the process ended, and closes the attachment. All output must have been written and closed before.
 func (a *Attachment) Exit(st ExitStatus) error {

@@ -27,9 +27,11 @@ type Process struct {
 	streams map[string]*Stream
 	pid     int
 	sending sync.Mutex
+	ended   chan struct{} // closed when the process is known to have ended
 	done    chan struct{} // closed when the outcome is known
 	exit    ExitStatus
 	err     error
+	outputs []*ahead
 	copies  sync.WaitGroup
 	copyErr [2]error
 }
@@ -94,7 +96,7 @@ func (c *Client) Attach(ctx context.Context, op string, body any, stdio IO) (*Pr
 	case !st.Started:
 		return fail(fmt.Errorf("%s: the answer is neither a start nor an error", op))
 	}
-	p := &Process{control: control, streams: streams, pid: st.PID, done: make(chan struct{})}
+	p := &Process{control: control, streams: streams, pid: st.PID, ended: make(chan struct{}), done: make(chan struct{})}
 	p.receive(streams[PartStdout], stdio.Stdout, 0)
 	p.receive(streams[PartStderr], stdio.Stderr, 1)
 	if s := streams[PartStdin]; s != nil {
@@ -109,9 +111,12 @@ func (p *Process) receive(s *Stream, w io.Writer, i int) {
 	if s == nil {
 		return
 	}
+	in := newAhead(s)
+	p.outputs = append(p.outputs, in)
 	p.copies.Go(func() {
-		_, werr, rerr := Copy(w, s)
+		_, werr, rerr := Copy(w, in)
 		p.copyErr[i] = errors.Join(werr, rerr)
+		in.stop()
 		s.Close()
 	})
 }
@@ -130,10 +135,21 @@ func (p *Process) await() {
 	defer close(p.done)
 	var st status
 	err := ReadMsg(p.control, &st, MaxMessage)
+	// What still comes has an end. It is fetched however slowly it is taken here, so that the other side need not wait for that.
+	close(p.ended)
+	var fetches sync.WaitGroup
+	for _, o := range p.outputs {
+		fetches.Go(o.fetch)
+	}
+	if err == nil && st.Ended {
+		st = status{}
+		err = ReadMsg(p.control, &st, MaxMessage)
+	}
+	fetches.Wait()
+	p.control.Close()
 	// Output precedes the exit, on other streams: the outcome is known when they have ended too. On a lost connection they end
 	// by themselves.
 	p.copies.Wait()
-	p.control.Close()
 	switch {
 	case err != nil:
 		p.err = lost(context.Background(), "wait for the process", err)
@@ -152,6 +168,9 @@ func (p *Process) await() {
 // PID is the process's number inside the box.
 func (p *Process) PID() int { return p.pid }
 
+// Ended is closed when the process has ended, or the connection to it, though some of its output may still be on its way.
+func (p *Process) Ended() <-chan struct{} { return p.ended }
+
 // Done is closed when Wait would return at once.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
@@ -162,6 +181,11 @@ func (p *Process) Wait(ctx context.Context) (ExitStatus, error) {
 	case <-p.done:
 		return p.exit, p.err
 	case <-ctx.Done():
+	}
+	select {
+	case <-p.done:
+		return p.exit, p.err // both, and that is no reason to forget the outcome
+	default:
 		return ExitStatus{}, ctx.Err()
 	}
 }

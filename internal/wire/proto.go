@@ -97,10 +97,11 @@ type ExitStatus struct {
 	CoreDump bool `json:"core_dump,omitempty"`
 	TimedOut bool `json:"timed_out,omitempty"` // killed for its Process.Timeout
 	// Processor time and peak memory of the process and the children it waited for.
-	User      time.Duration `json:"user,omitempty"`
-	System    time.Duration `json:"system,omitempty"`
-	MaxRSS    int64         `json:"max_rss,omitempty"` // bytes
-	Truncated bool          `json:"truncated,omitempty"`
+	User   time.Duration `json:"user,omitempty"`
+	System time.Duration `json:"system,omitempty"`
+	MaxRSS int64         `json:"max_rss,omitempty"` // bytes
+	// Truncated output was still open in the hands of what the process left behind, and is no longer followed.
+	Truncated bool `json:"truncated,omitempty"`
 }
 
 // Event is what a client sends on a control stream.
@@ -109,11 +110,12 @@ type Event struct {
 	Resize *spec.WinSize `json:"resize,omitempty"`
 }
 
-// status is what the serving side sends on a control stream: Started or Error first, then Exit.
+// status is what the serving side sends on a control stream: Started or Error first, then Exit, and before that perhaps Ended.
 type status struct {
 	Started bool        `json:"started,omitempty"`
 	PID     int         `json:"pid,omitempty"`
 	Error   *Error      `json:"error,omitempty"`
+	Ended   bool        `json:"ended,omitempty"` // only output still comes, and not without end
 	Exit    *ExitStatus `json:"exit,omitempty"`
 }
 

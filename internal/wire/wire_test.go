@@ -365,6 +365,49 @@ func TestAttach(t *testing.T) {
 	}
 }
 
+type gatedWriter struct {
+	gate <-chan struct{}
+	strings.Builder
+}
+
+func (g *gatedWriter) Write(p []byte) (int, error) {
+	<-g.gate
+	return g.Builder.Write(p)
+}
+
+// Once the process has ended, the client fetches all of its output and lets go of the server, however slow its own reader is.
+func TestAttachFetchesTheRest(t *testing.T) {
+	cs, ss := pair(t)
+	text := strings.Repeat("0123456789abcdef", 1<<18) // beyond the window
+	gone := make(chan struct{})
+	go serveAttach(ss, func(a *Attachment) {
+		defer close(gone)
+		a.Started(1)
+		io.WriteString(a.Stdout, text[:100])
+		a.Ended()
+		io.WriteString(a.Stdout, text[100:])
+		a.Stdout.Close()
+		a.Exit(ExitStatus{Code: 3})
+		a.Next()
+	})
+	gate := make(chan struct{})
+	out := &gatedWriter{gate: gate}
+	p, err := NewClientOf(cs).Attach(t.Context(), "x", nil, IO{Stdout: out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-gone:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the server still waits for a reader that does not read")
+	}
+	ss.Close()
+	close(gate)
+	if st, err := p.Wait(t.Context()); err != nil || st.Code != 3 || out.String() != text {
+		t.Fatal(st, err, out.Len())
+	}
+}
+
 func TestAttachFails(t *testing.T) {
 	cs, ss := pair(t)
 	go serveAttach(ss, func(a *Attachment) { a.Fail(Errorf(CodeNotFound, "no such thing")) })

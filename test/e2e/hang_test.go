@@ -1,0 +1,145 @@
+package e2e
+
+import (
+	"bufio"
+	"errors"
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// ends waits for a command, and fails where it never ends.
+func ends(t *testing.T, c *exec.Cmd) int {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- c.Wait() }()
+	select {
+	case err := <-done:
+		var ee *exec.ExitError
+		if err != nil && !errors.As(err, &ee) {
+			t.Fatal(err)
+		}
+		return c.ProcessState.ExitCode()
+	case <-time.After(30 * time.Second):
+		_ = c.Process.Kill()
+		<-done
+		t.Fatalf("%v never ended", c.Args[1:])
+		return 0
+	}
+}
+
+// started starts a command and returns when it has printed its first line.
+func (h *home) started(args ...string) *exec.Cmd {
+	h.t.Helper()
+	c := h.cmd(args...)
+	out, err := c.StdoutPipe()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		h.t.Fatal(line, err)
+	}
+	return c
+}
+
+func signal(t *testing.T, c *exec.Cmd, sigs ...syscall.Signal) {
+	t.Helper()
+	for _, s := range sigs {
+		if err := c.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Millisecond) // two at once may arrive as one
+	}
+}
+
+// TestStoppedAgent: a box that stops its own agent holds nobody: a command's time limit is kept, and what waits for it can be interrupted.
+func TestStoppedAgent(t *testing.T) {
+	h := newHome(t)
+	h.run("run", "-d", "--name", "b", "base", "sleep", "1000")
+	running := h.started("exec", "b", "sh", "-c", "echo on; sleep 1000")
+	limited := h.started("exec", "--timeout", "3s", "b", "sh", "-c", "echo on; sleep 1000")
+	stopper := h.started("exec", "b", "sh", "-c", "echo on; kill -STOP 1")
+	until(t, "the agent answers no more", func() bool {
+		c := h.cmd("top", "b")
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		late := time.AfterFunc(5*time.Second, func() { _ = c.Process.Kill() })
+		defer late.Stop()
+		return c.Wait() != nil
+	})
+	if _, code := h.try("exec", "--timeout", "100ms", "b", "true"); code != 124 {
+		t.Errorf("a command with a time limit: exit code %d", code)
+	}
+	if code := ends(t, limited); code != 124 {
+		t.Errorf("one that ran before: exit code %d", code)
+	}
+	for what, c := range map[string]*exec.Cmd{"running": running, "stopping": stopper} {
+		signal(t, c, syscall.SIGINT, syscall.SIGINT)
+		if code := ends(t, c); code != 130 {
+			t.Errorf("%s, interrupted twice: exit code %d", what, code)
+		}
+	}
+	waits := h.cmd("exec", "b", "true")
+	if err := waits.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // at whatever moment this is
+	signal(t, waits, syscall.SIGTERM)
+	if code := ends(t, waits); code != 130 {
+		t.Errorf("waiting for the start, interrupted: exit code %d", code)
+	}
+	h.run("rm", "-f", "b")
+	h.noneLeft("after rm -f")
+}
+
+// TestForegroundRestart: a box that runs again and again does not keep the command that started it.
+func TestForegroundRestart(t *testing.T) {
+	h := newHome(t)
+	c := h.cmd("run", "--name", "b", "--restart", "always", "base", "sh", "-c", "exit 3")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if code := ends(t, c); code != 3 {
+		t.Errorf("exit code %d", code)
+	}
+	until(t, "it runs again", func() bool { return h.field("b", "{{.RestartCount}}") != "0" })
+	h.run("rm", "-f", "b")
+}
+
+// TestInterruptedStart: an interrupted run leaves no box half started.
+func TestInterruptedStart(t *testing.T) {
+	h := newHome(t)
+	h.run("run", "--rm", "base", "true") // everything is unpacked
+	for i := range 8 {
+		c := h.cmd("run", "--rm", "base", "sleep", "1000")
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(20+i*30) * time.Millisecond) // a different moment each time, none of them judged
+		signal(t, c, syscall.SIGTERM)
+		ends(t, c)
+		until(t, "nothing is left", func() bool { return len(h.left()) == 0 && h.run("ps", "-aq") == "" })
+	}
+}
+
+// TestSecondSignal: a command that is busy with something that does not end is ended by a second signal.
+func TestSecondSignal(t *testing.T) {
+	h := newHome(t)
+	c := h.cmd("load")
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it has opened the home", func() bool { return h.instance() != "" })
+	signal(t, c, syscall.SIGINT, syscall.SIGINT)
+	ends(t, c)
+}
