@@ -55,6 +55,9 @@ func (l Layout) Trash() string { return filepath.Join(l.Root, "trash") }
 // Volumes holds anonymous volumes, a directory for each, below one for each box.
 func (l Layout) Volumes(box string) string { return filepath.Join(l.Root, "volumes", box) }
 
+// shared is a directory in which every user may make others.
+const shared = "/tmp"
+
 // Run is the directory of sockets. It is short, since a socket's path has room for 107 bytes, and gone after a reboot.
 func (l Layout) Run() string {
 	name := "coffer-" + l.Instance
@@ -63,7 +66,7 @@ func (l Layout) Run() string {
 			return filepath.Join("/run", name)
 		}
 	}
-	return filepath.Join("/tmp", "coffer-"+strconv.Itoa(os.Geteuid())+"-"+l.Instance)
+	return filepath.Join(shared, "coffer-"+strconv.Itoa(os.Geteuid())+"-"+l.Instance)
 }
 
 // MakeRun makes the directory of sockets and checks that it is this user's alone: in /tmp somebody else may have been faster.
@@ -114,12 +117,15 @@ func (b Box) State() string { return filepath.Join(b.Dir, "state") }
 func (b Box) Socket() string { return filepath.Join(b.root.Run(), b.id[:16]+".sock") }
 
 // RemoveSocket removes the box's socket, if it is there, and the directory with the last one in it. Whoever makes a socket at that
-// moment makes the directory again.
+// moment makes the directory again. Where everybody may make directories it stays: its name is known by then, and another user who took
+// it would keep all boxes from starting.
 func (b Box) RemoveSocket() error {
 	if err := os.Remove(b.Socket()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove socket: %w", err)
 	}
-	_ = os.Remove(b.root.Run())
+	if dir := b.root.Run(); filepath.Dir(dir) != shared {
+		_ = os.Remove(dir)
+	}
 	return nil
 }
 

@@ -440,19 +440,28 @@ func (d *DB) Instance() string { return d.instance }
 // durably is tx for what must outlive a power failure: that a box exists. What its processes do is of no
 // meaning after one, and is kept without waiting for the disk; it survives everything else.
 func (d *DB) durably(ctx context.Context, fn func(*sql.Tx) error) (err error) {
-	// There is but one connection.
-	if _, err := d.db.ExecContext(ctx, "PRAGMA synchronous = FULL"); err != nil {
+	// The setting is a connection's, so that one must be this call's alone.
+	conn, err := d.db.Conn(ctx)
+	if err != nil {
+		return d.explain("open", err)
+	}
+	defer conn.Close()
+	if _, err := conn.ExecContext(ctx, "PRAGMA synchronous = FULL"); err != nil {
 		return d.explain("open", err)
 	}
 	defer func() {
-		_, perr := d.db.ExecContext(context.WithoutCancel(ctx), "PRAGMA synchronous = NORMAL")
+		_, perr := conn.ExecContext(context.WithoutCancel(ctx), "PRAGMA synchronous = NORMAL")
 		err = errors.Join(err, perr)
 	}()
-	return d.tx(ctx, fn)
+	return d.txOn(ctx, conn, fn)
 }
 
-func (d *DB) tx(ctx context.Context, fn func(*sql.Tx) error) error {
-	tx, err := d.db.BeginTx(ctx, nil)
+func (d *DB) tx(ctx context.Context, fn func(*sql.Tx) error) error { return d.txOn(ctx, d.db, fn) }
+
+func (d *DB) txOn(ctx context.Context, on interface {
+	BeginTx(context.Context, *sql.TxOptions) (*sql.Tx, error)
+}, fn func(*sql.Tx) error) error {
+	tx, err := on.BeginTx(ctx, nil)
 	if err != nil {
 		return d.explain("begin", err)
 	}

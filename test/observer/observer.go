@@ -180,7 +180,8 @@ func Files(marks ...string) []string {
 				continue
 			}
 			_ = filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
-				if err == nil {
+				// An empty directory is left only where nobody else can take its name.
+				if err == nil && (p != dir || strings.HasPrefix(dir, "/run/")) {
 					out = append(out, p)
 				}
 				return nil
