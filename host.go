@@ -185,8 +185,8 @@ func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 		if state.Phase(i.Status).Live() || i.Status == restarting {
 			continue
 		}
-		size := diskUse(r.home.Box(i.ID).Dir)
 		b := &Box{rt: r, id: i.ID, name: i.Name}
+		size := b.DiskUse()
 		if err := b.Remove(ctx, WithVolumes()); err != nil {
 			// One that was started meanwhile is none of ours.
 			if !errors.Is(err, ErrRunning) && !errors.Is(err, ErrNotFound) {
@@ -210,6 +210,12 @@ func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 	out.Images, err = r.PruneImages(ctx, images)
 	out.Freed += out.Images.Freed
 	return out, errors.Join(append(errs, err)...)
+}
+
+// DiskUse is what the box's own files take on disk, in bytes: what it has written, its anonymous volumes and its log. Its image is shared
+// and not counted.
+func (b *Box) DiskUse() int64 {
+	return diskUse(b.rt.home.Box(b.id).Dir) + diskUse(b.rt.home.Volumes(b.id))
 }
 
 func diskUse(dir string) int64 {

@@ -19,12 +19,13 @@ import (
 )
 
 func (a *app) psCmd() *cobra.Command {
-	var all, quiet bool
+	var all, quiet, sizes bool
 	var filters []string
 	var f format
 	c := &cobra.Command{Use: "ps [flags]", Short: "List boxes", Args: noArgs()}
 	c.Flags().BoolVarP(&all, "all", "a", false, "show boxes that do not run, too")
 	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "show ids only")
+	c.Flags().BoolVarP(&sizes, "size", "s", false, "show what each box's own files take on disk")
 	c.Flags().StringArrayVarP(&filters, "filter", "f", nil, "show only boxes with name=, id=, label=key[=value], status=, image= or engine=")
 	f.add(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
@@ -49,23 +50,33 @@ func (a *app) psCmd() *cobra.Command {
 			}
 			rows := make([]psRow, len(infos))
 			for n, i := range infos {
-				rows[n] = psRow{i}
+				rows[n].Info = i
+				if b, err := rt.Get(c.Context(), i.ID); sizes && err == nil {
+					rows[n].Size = b.DiskUse()
+				}
 			}
-			return errors.Join(failed, show(a.out, f, rows, []column[psRow]{
+			cols := []column[psRow]{
 				{"BOX ID", func(r psRow) string { return r.ID[:12] }},
 				{"IMAGE", func(r psRow) string { return r.Image }},
 				{"COMMAND", func(r psRow) string { return strconv.Quote(cut(strings.Join(r.Command, " "), 24)) }},
 				{"CREATED", psRow.RunningFor},
 				{"STATUS", func(r psRow) string { return status(r.Info) }},
 				{"NAME", psRow.Names},
-			}))
+			}
+			if sizes {
+				cols = append(cols, column[psRow]{"SIZE", func(r psRow) string { return units.HumanSize(float64(r.Size)) }})
+			}
+			return errors.Join(failed, show(a.out, f, rows, cols))
 		})
 	}
 	return c
 }
 
 // psRow is a box of a list. Its methods are for templates that were written for docker ps.
-type psRow struct{ coffer.Info }
+type psRow struct {
+	coffer.Info
+	Size int64 `json:"size,omitempty"` // bytes on disk, if asked for
+}
 
 func (r psRow) Names() string      { return r.Name }
 func (r psRow) State() string      { return r.Info.Status }

@@ -210,3 +210,33 @@ func TestKilledLauncher(t *testing.T) {
 	}
 	h.run("rm", "b")
 }
+
+// TestPoisonedLauncher: boxes start also from within a control group that was once killed. Some kernels (6.18 is one) kill whatever a
+// member of such a group clones into another. L4.
+func TestPoisonedLauncher(t *testing.T) {
+	var top string
+	for _, dir := range []string{"/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
+		if _, err := os.Stat(filepath.Join(dir, "cgroup.procs")); err == nil && top == "" {
+			top = dir
+		}
+	}
+	group := filepath.Join(top, "coffer-test-poisoned-"+strconv.Itoa(os.Getpid()))
+	if err := os.Mkdir(group, 0o755); top == "" || err != nil {
+		t.Skipf("a control group of version 2 is needed: %v", err)
+	}
+	t.Cleanup(func() { until(t, "its group is removed", func() bool { return os.Remove(group) == nil }) })
+	if err := os.WriteFile(filepath.Join(group, "cgroup.kill"), []byte("1"), 0); err != nil {
+		t.Skipf("the kernel cannot kill control groups: %v", err)
+	}
+	h := newHome(t)
+	for _, args := range [][]string{{"run", "--rm", "base", "true"}, {"run", "-d", "--name", "b", "base", "sleep", "1000"}} {
+		c := exec.Command("sh", append([]string{"-c", `echo $$ > "$0" && exec "$@"`, filepath.Join(group, "cgroup.procs"), h.bin}, args...)...)
+		c.Env = append(os.Environ(), "COFFER_HOME="+h.dir)
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Errorf("coffer %v: %v: %s", args, err, out)
+		}
+	}
+	h.run("exec", "b", "true")
+	h.run("rm", "-f", "b")
+	h.noneLeft("after rm -f")
+}

@@ -257,6 +257,24 @@ func realWork(t *testing.T, h *home, ref string) {
 		}
 	}
 	h.run("stop", "-t", "5", "w")
+	for name, tc := range map[string]struct{ handler, ended, file string }{
+		"obeys":   {"lambda *a: (open('/root/last', 'w').write('flushed'), sys.exit(3))", "3 stopped", "flushed"},
+		"ignores": {"signal.SIG_IGN", "137 stopped", ""},
+	} {
+		h.run("run", "-d", "--name", name, ref, "python3", "-c", "import signal, sys, time; signal.signal(signal.SIGTERM, "+tc.handler+
+			"); print('ready', flush=True); time.sleep(10000)")
+		until(t, "it has its handler", func() bool { return h.run("logs", name) == "ready" })
+		h.run("stop", "-t", "2", name)
+		if got := h.field(name, "{{.ExitCode}} {{.Reason}}"); got != tc.ended {
+			t.Errorf("a program that %s SIGTERM ended with %s", name, got)
+		}
+		if tc.file != "" {
+			if out := h.run("cp", name+":/root/last", "-"); !strings.Contains(out, tc.file) {
+				t.Errorf("what it wrote at its end: %q", out)
+			}
+		}
+		h.run("rm", name)
+	}
 	h.run("start", "w")
 	if got := h.run("exec", "w", "sh", "-c", "/root/a; sqlite3 /root/work.db 'select count(*) from t'"); got != "compiled\n20" {
 		t.Errorf("after a restart: %q", got)
