@@ -62,7 +62,7 @@ func TestStoppedAgent(t *testing.T) {
 	h.run("run", "-d", "--name", "b", "base", "sleep", "1000")
 	running := h.started("exec", "b", "sh", "-c", "echo on; sleep 1000")
 	limited := h.started("exec", "--timeout", "3s", "b", "sh", "-c", "echo on; sleep 1000")
-	stopper := h.started("exec", "b", "sh", "-c", "echo on; kill -STOP 1")
+	stopper := h.started("exec", "b", "sh", "-c", "echo on; sleep 1; kill -STOP 1")
 	until(t, "the agent answers no more", func() bool {
 		c := h.cmd("top", "b")
 		if err := c.Start(); err != nil {
