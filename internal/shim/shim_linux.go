@@ -104,6 +104,7 @@ type shim struct {
 	launch  *launcher
 
 	keeper  *lifecycle.Keeper
+	set     assets.Set
 	files   home.Box
 	box     *state.Box
 	handles lifecycle.Handles
@@ -299,6 +300,9 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, err
 	}
+	// Held until the next start or the shim's end: policy may start the sentry again.
+	s.set.Close()
+	s.set = set
 	images, err := image.Open(s.keeper.Home.Images(), s.log)
 	if err != nil {
 		return nil, err
