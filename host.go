@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/coffer-box/coffer/internal/assets"
 	"github.com/coffer-box/coffer/internal/cgroup"
 	"github.com/coffer-box/coffer/internal/engine"
 	"github.com/coffer-box/coffer/internal/home"
@@ -167,13 +168,14 @@ func (r *Runtime) HostInfo(ctx context.Context) (HostInfo, error) {
 // Pruned is what a [Runtime.Prune] removed.
 type Pruned struct {
 	Boxes   []string
-	Orphans []string // left over from boxes without a record
+	Orphans []string // left over from boxes without a record, and from other versions of coffer
 	Images  RemovedImages
 	Freed   int64 // bytes
 }
 
-// Prune removes boxes that do not run, what is left of boxes without a record, and images without a name (with images, every one
-// that no box was made from). Only what bears this home's names is touched.
+// Prune removes boxes that do not run, what is left of boxes without a record, images without a name (with images, every one that no
+// box was made from), and the programs that other versions of coffer have unpacked here and nothing runs from. Only what bears this
+// home's names is touched.
 func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 	var out Pruned
 	infos, err := r.List(ctx)
@@ -207,6 +209,12 @@ func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 		out.Orphans = append(out.Orphans, o.what)
 		out.Freed += o.size
 	}
+	versions, size, err := assets.Prune(ctx, r.home.Root)
+	errs = append(errs, err)
+	for _, v := range versions {
+		out.Orphans = append(out.Orphans, "programs of another coffer "+v)
+	}
+	out.Freed += size
 	out.Images, err = r.PruneImages(ctx, images)
 	out.Freed += out.Images.Freed
 	return out, errors.Join(append(errs, err)...)

@@ -24,6 +24,8 @@ import (
 
 // Rootfs makes the box's root out of what the engine provides, and enters it for the whole process.
 type Rootfs interface {
+	// Extras gives the image what its kernel does not show of it, before Enter. It returns what failed and a box can do without.
+	Extras(e wire.Extras) (warnings []string, err error)
 	// Enter returns the steps that failed and that the box can do without.
 	Enter(s wire.Setup) (warnings []string, err error)
 }
@@ -175,6 +177,14 @@ func (a *Agent) serve(ctx context.Context, h wire.Header, s *wire.Stream) {
 	case wire.OpPing:
 		wire.Reply(s, a.info(nil), nil)
 		return
+	case wire.OpExtras:
+		var req wire.Extras
+		info, err := wire.Info{}, decode(h, &req)
+		if err == nil {
+			info, err = a.extras(req)
+		}
+		wire.Reply(s, info, err)
+		return
 	case wire.OpConfigure:
 		var req wire.Setup
 		info, err := wire.Info{}, decode(h, &req)
@@ -247,6 +257,19 @@ func (a *Agent) info(warnings []string) wire.Info {
 		info.Kernel = unix.ByteSliceToString(u.Sysname[:]) + " " + unix.ByteSliceToString(u.Release[:])
 	}
 	return info
+}
+
+func (a *Agent) extras(e wire.Extras) (wire.Info, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.configured {
+		return wire.Info{}, wire.Errorf(wire.CodeInvalid, "box is configured already")
+	}
+	warnings, err := a.rootfs.Extras(e)
+	if err != nil {
+		return wire.Info{}, err
+	}
+	return a.info(warnings), nil
 }
 
 func (a *Agent) configure(s wire.Setup) (wire.Info, error) {

@@ -23,6 +23,7 @@ import (
 type boxRoot struct {
 	newroot  string
 	warnings []string
+	mounted  bool
 	ro       bool // the root file system is mounted read-only by now
 }
 
@@ -40,7 +41,10 @@ func (b *boxRoot) warn(what string, err error) {
 
 // Enter implements Rootfs.
 func (b *boxRoot) Enter(s wire.Setup) ([]string, error) {
-	for _, f := range []func(wire.Setup) error{b.overlay, b.prepare, b.seal, b.system, b.tmpfs, b.volumes} {
+	if err := b.overlay(s.Lower, s.State); err != nil {
+		return nil, err
+	}
+	for _, f := range []func(wire.Setup) error{b.prepare, b.seal, b.system, b.tmpfs, b.volumes} {
 		if err := f(s); err != nil {
 			return nil, err
 		}
@@ -54,15 +58,20 @@ func (b *boxRoot) Enter(s wire.Setup) ([]string, error) {
 	return b.warnings, nil
 }
 
-func (b *boxRoot) overlay(s wire.Setup) error {
+// overlay mounts the box's root, if it is not there yet.
+func (b *boxRoot) overlay(lower, state string) error {
+	if b.mounted {
+		return nil
+	}
 	if err := os.MkdirAll(b.newroot, 0o755); err != nil {
 		return err
 	}
-	return b.mountOverlay(s, 0)
+	err := b.mountOverlay(lower, state, 0)
+	b.mounted = err == nil
+	return err
 }
 
-func (b *boxRoot) mountOverlay(s wire.Setup, flags uintptr) error {
-	lower, state := s.Lower, s.State
+func (b *boxRoot) mountOverlay(lower, state string, flags uintptr) error {
 	if lower == "" {
 		lower = "/lower"
 	}
@@ -106,12 +115,6 @@ func (b *boxRoot) prepare(s wire.Setup) error {
 	for _, f := range files {
 		b.warn("write "+f.Path, b.writeFile(f))
 	}
-	for _, d := range s.Devices {
-		b.warn("make "+string(d.Path), b.imageDevice(d))
-	}
-	for _, x := range s.Xattrs {
-		b.warn("set "+x.Name+" of "+string(x.Path), b.setXattr(x))
-	}
 	return nil
 }
 
@@ -131,48 +134,6 @@ func (b *boxRoot) writeFile(f wire.SetupFile) error {
 	return os.WriteFile(p, f.Data, mode)
 }
 
-// imageDevice makes a device of the image. gVisor shows none with its number: a character device without one is a deleted file to its
-// overlay, and a block device is there, and is none.
-func (b *boxRoot) imageDevice(d wire.SetupDevice) error {
-	p, err := b.file(d.Path)
-	if err != nil {
-		return err
-	}
-	dev := int(unix.Mkdev(d.Major, d.Minor))
-	err = unix.Mknod(p, d.Mode, dev)
-	if errors.Is(err, unix.EEXIST) {
-		var st unix.Stat_t
-		if err := unix.Lstat(p, &st); err != nil || st.Mode&unix.S_IFMT != d.Mode&unix.S_IFMT {
-			return err // what is there is no device of this kind, so it is not the image's
-		}
-		if err := unix.Unlink(p); err != nil {
-			return err
-		}
-		err = unix.Mknod(p, d.Mode, dev)
-	}
-	if err != nil {
-		return err
-	}
-	return errors.Join(os.Lchown(p, int(d.UID), int(d.GID)), unix.Chmod(p, d.Mode&0o7777))
-}
-
-func (b *boxRoot) setXattr(x wire.SetupXattr) error {
-	p, err := b.file(x.Path)
-	if err != nil {
-		return err
-	}
-	return unix.Lsetxattr(p, x.Name, x.Value, 0)
-}
-
-// file finds a file of the image. Links on the way to it are followed, and it itself is not.
-func (b *boxRoot) file(path []byte) (string, error) {
-	dir, err := b.resolve(filepath.Dir(string(path)))
-	if err != nil {
-		return "", err
-	}
-	return filepath.Join(dir, filepath.Base(string(path))), nil
-}
-
 // seal mounts the root again, read-only. A remount would do where the kernel has it; a user-space kernel may not.
 func (b *boxRoot) seal(s wire.Setup) error {
 	if !s.ReadOnly {
@@ -182,7 +143,7 @@ func (b *boxRoot) seal(s wire.Setup) error {
 		return fmt.Errorf("make the box's root read-only: %w", err)
 	}
 	b.ro = true
-	return b.mountOverlay(s, unix.MS_RDONLY)
+	return b.mountOverlay(s.Lower, s.State, unix.MS_RDONLY)
 }
 
 const noExec = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC

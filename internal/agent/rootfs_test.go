@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -179,36 +178,6 @@ func TestRootfsReadOnly(t *testing.T) {
 	got := run(t, c, sh(`touch /x 2>/dev/null || echo sealed; touch /made/tmp/x /made/vol/x /dev/shm/x && echo open; cat /etc/hostname`), "")
 	if got.out != "sealed\nopen\nro\n" {
 		t.Fatalf("%q %q", got.out, got.err)
-	}
-}
-
-// TestImageDevices: what gVisor shows of a device of the image gives way to the device itself.
-func TestImageDevices(t *testing.T) {
-	root := t.TempDir()
-	if err := unix.Mknod(root+"/probe", unix.S_IFBLK, int(unix.Mkdev(7, 7))); err != nil {
-		t.Skipf("this user makes no devices: %v", err)
-	}
-	b := &boxRoot{newroot: root}
-	if err := errors.Join(unix.Mknod(root+"/bare", unix.S_IFBLK|0o600, 0), os.WriteFile(root+"/own", []byte("x"), 0o644)); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"bare", "absent", "\xff", "own"} {
-		if err := b.imageDevice(wire.SetupDevice{Path: []byte("/" + name), Mode: unix.S_IFBLK | 0o640, UID: 5, GID: 6, Major: 8, Minor: 1}); err != nil {
-			t.Errorf("%q: %v", name, err)
-		}
-		var st unix.Stat_t
-		if err := unix.Lstat(filepath.Join(root, name), &st); err != nil {
-			t.Fatal(err)
-		}
-		if name == "own" {
-			if st.Mode&unix.S_IFMT != unix.S_IFREG {
-				t.Error("a file of the box became a device")
-			}
-			continue
-		}
-		if st.Mode != unix.S_IFBLK|0o640 || st.Uid != 5 || st.Gid != 6 || st.Rdev != unix.Mkdev(8, 1) {
-			t.Errorf("%q: mode %o, owner %d:%d, device %x", name, st.Mode, st.Uid, st.Gid, st.Rdev)
-		}
 	}
 }
 

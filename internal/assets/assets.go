@@ -6,13 +6,14 @@
 //
 // # On disk
 //
+//	assets/<version>/                flock(2)ed, shared, by whoever starts programs from it
 //	assets/<version>/coffer-sentry   program of the gvisor engine
 //	assets/<version>/coffer-agent    first process in a box
 //	assets/<version>/scaffold.erofs  what a sandbox sees before the box's own root is mounted
 //	assets/lock                      flock(2)ed by the process that takes a version out
 //	assets/.new-*                    a version being taken out
 //
-// A version's directory appears whole or not at all. Other versions are left alone: boxes may be running from them.
+// A version's directory appears whole or not at all. Other versions are left alone, until [Prune] finds that nothing runs from them.
 package assets
 
 import (
@@ -62,7 +63,7 @@ type File struct {
 	SHA256 string `json:"sha256"` // of the unpacked file
 }
 
-// Set is where the parts of one version are.
+// Set is where the parts of one version are. They stay there until it is closed.
 type Set struct {
 	Version  string
 	Sentry   string // paths
@@ -71,6 +72,15 @@ type Set struct {
 
 	BaseDigest string // "sha256:…" of the archive of the image `base`
 	src        fs.FS
+	held       *os.File // the version's directory, with its lock
+}
+
+// Close lets go of the parts. What runs from them keeps its open files.
+func (s Set) Close() error {
+	if s.held == nil {
+		return nil
+	}
+	return s.held.Close()
 }
 
 // Version returns the version of the embedded parts, and [ErrMissing] where there are none. It touches no disk.
@@ -126,13 +136,108 @@ func ensure(ctx context.Context, src fs.FS, home string) (Set, error) {
 		BaseDigest: "sha256:" + m.Files[FileBase].SHA256,
 		src:        src,
 	}
-	if set.whole(m) {
-		return set, nil
+	for range holdTries {
+		if set.hold(dir, m) {
+			return set, nil
+		}
+		if err := set.takeOut(ctx, m, filepath.Dir(dir)); err != nil {
+			return Set{}, fmt.Errorf("take out the embedded parts: %w", err)
+		}
 	}
-	if err := set.takeOut(ctx, m, filepath.Dir(dir)); err != nil {
-		return Set{}, fmt.Errorf("take out the embedded parts: %w", err)
+	return Set{}, fmt.Errorf("take out the embedded parts: %s is removed again and again", dir)
+}
+
+// holdTries is how often a prune may be faster.
+const holdTries = 10
+
+// hold takes the lock that keeps the parts where they are, if all of them are there.
+func (s *Set) hold(dir string, m Manifest) bool {
+	f, err := os.Open(dir)
+	if err != nil {
+		return false
 	}
-	return set, nil
+	got, err := disk.TryShare(f)
+	if got && err == nil {
+		// The name may be another directory's by now.
+		mine, merr := f.Stat()
+		there, terr := os.Stat(dir)
+		if merr == nil && terr == nil && os.SameFile(mine, there) && s.whole(m) {
+			s.held = f
+			return true
+		}
+	}
+	f.Close()
+	return false
+}
+
+// Prune removes the versions, but this program's own, that nothing is started from, and returns their names and the bytes they
+// took. A sentry that runs keeps its open files and would not miss them; its shim, which may start another one, holds their lock. A
+// program without embedded parts has no version of its own, and removes none.
+func Prune(ctx context.Context, home string) (versions []string, freed int64, err error) {
+	return prune(ctx, embedded, home)
+}
+
+func prune(ctx context.Context, src fs.FS, home string) (versions []string, freed int64, err error) {
+	m, err := readManifest(src)
+	if err != nil {
+		return nil, 0, nil
+	}
+	parent := filepath.Join(home, "assets")
+	if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, nil
+	}
+	// Nobody takes a version out meanwhile.
+	unlock, err := disk.Lock(ctx, filepath.Join(parent, "lock"))
+	if err != nil {
+		return nil, 0, err
+	}
+	defer unlock()
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return nil, 0, err
+	}
+	var errs []error
+	for _, e := range entries {
+		if !e.IsDir() || e.Name() == m.Version {
+			continue
+		}
+		size, err := remove(filepath.Join(parent, e.Name()))
+		freed += size
+		errs = append(errs, err)
+		if size > 0 {
+			versions = append(versions, e.Name())
+		}
+	}
+	return versions, freed, errors.Join(errs...)
+}
+
+// remove removes a directory of files that nobody holds, and returns its size.
+func remove(dir string) (int64, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	if free, err := disk.TryLock(f); err != nil || !free {
+		return 0, err
+	}
+	var size int64
+	if err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			var fi fs.FileInfo
+			fi, err = d.Info()
+			if err == nil {
+				size += fi.Size()
+			}
+		}
+		return err
+	}); err != nil {
+		return 0, err
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return 0, err
+	}
+	return size, nil
 }
 
 // whole says if all files are there, with the right sizes. Their contents were checked when they were written, and the directory

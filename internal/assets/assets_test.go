@@ -90,6 +90,9 @@ func TestEnsure(t *testing.T) {
 	}
 	check(t, newer, "v2")
 	check(t, set, "v1") // boxes may run from it
+	for _, s := range []Set{set, again, newer} {
+		s.Close()
+	}
 }
 
 func TestEnsureRepairs(t *testing.T) {
@@ -141,6 +144,81 @@ func TestEnsureAtOnce(t *testing.T) {
 			check(t, set, "v1")
 		})
 	}
+	wg.Wait()
+}
+
+func TestPrune(t *testing.T) {
+	home := t.TempDir()
+	old, err := ensure(t.Context(), parts(t, "v1"), home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	also, err := ensure(t.Context(), parts(t, "v1"), home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := ensure(t.Context(), parts(t, "v2"), home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own.Close()
+	if err := os.MkdirAll(filepath.Join(home, "assets", ".new-dead", "x"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, held := range []Set{old, also} {
+		if v, n, err := prune(t.Context(), parts(t, "v2"), home); err != nil || len(v) > 0 || n > 0 {
+			t.Errorf("%v, %d bytes, %v", v, n, err)
+		}
+		check(t, old, "v1")
+		held.Close()
+	}
+	// Who has no version cannot say which are others'.
+	if v, _, err := prune(t.Context(), fstest.MapFS{}, home); err != nil || len(v) > 0 {
+		t.Errorf("%v, %v", v, err)
+	}
+	v, n, err := prune(t.Context(), parts(t, "v2"), home)
+	if err != nil || n < 1000 || cmp.Diff([]string{"v1"}, v) != "" {
+		t.Errorf("%v, %d bytes, %v", v, n, err)
+	}
+	check(t, own, "v2")
+	if left, err := os.ReadDir(filepath.Join(home, "assets")); err != nil || len(left) != 2 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if _, _, err := prune(t.Context(), parts(t, "v2"), filepath.Join(home, "none")); err != nil {
+		t.Errorf("a home without any: %v", err)
+	}
+}
+
+// However often another version prunes, what Ensure returned stays while it is held.
+func TestPruneAtOnce(t *testing.T) {
+	home := t.TempDir()
+	var wg sync.WaitGroup
+	done := make(chan struct{})
+	mine, theirs := parts(t, "v1"), parts(t, "v2")
+	wg.Go(func() {
+		defer close(done)
+		for range 30 {
+			set, err := ensure(t.Context(), mine, home)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			check(t, set, "v1")
+			set.Close()
+		}
+	})
+	wg.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			if _, _, err := prune(t.Context(), theirs, home); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	wg.Wait()
 }
 
@@ -213,8 +291,10 @@ func BenchmarkEnsure(b *testing.B) {
 		b.Fatal(err)
 	}
 	for b.Loop() {
-		if _, err := Ensure(b.Context(), home); err != nil {
+		set, err := Ensure(b.Context(), home)
+		if err != nil {
 			b.Fatal(err)
 		}
+		set.Close()
 	}
 }

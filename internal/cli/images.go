@@ -152,7 +152,9 @@ func (a *app) removed(r coffer.RemovedImages) {
 
 func (a *app) pruneCmd() *cobra.Command {
 	var images, force bool
-	c := &cobra.Command{Use: "prune [flags]", Short: "Remove boxes that do not run, and what is left over", Args: noArgs()}
+	c := &cobra.Command{Use: "prune [flags]", Short: "Remove boxes that do not run, and what is left over", Args: noArgs(),
+		Long: "Remove boxes that do not run, what is left over of others, images without a name, and programs that other versions of coffer\n" +
+			"have unpacked in this home and no box runs from."}
 	c.Flags().BoolVarP(&images, "all", "a", false, "remove images that no box was made from, too")
 	c.Flags().BoolVarP(&force, "force", "f", false, "do not ask")
 	c.RunE = func(c *cobra.Command, _ []string) error {

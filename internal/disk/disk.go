@@ -37,10 +37,15 @@ func Lock(ctx context.Context, path string) (unlock func(), err error) {
 	}
 }
 
-// TryLock takes the lock of an open file, unless another open file has it. Closing f gives it back.
-func TryLock(f *os.File) (bool, error) {
+// TryLock takes the lock of an open file or directory, unless another open file has it. Closing f gives it back.
+func TryLock(f *os.File) (bool, error) { return tryFlock(f, unix.LOCK_EX) }
+
+// TryShare is [TryLock] for a lock that any number may have at once, while nobody has it alone.
+func TryShare(f *os.File) (bool, error) { return tryFlock(f, unix.LOCK_SH) }
+
+func tryFlock(f *os.File, how int) (bool, error) {
 	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		switch {
 		case err == nil:
 			return true, nil

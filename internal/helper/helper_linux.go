@@ -57,6 +57,7 @@ func installBase(ctx context.Context, root string) error {
 	if err != nil {
 		return err
 	}
+	defer set.Close()
 	store, err := image.Open(home.Layout{Root: root}.Images(), nil)
 	if err != nil {
 		return err

@@ -209,7 +209,7 @@ func TestXattrs(t *testing.T) {
 	layer := layerTar(t,
 		ent{name: "bin/ping", mode: 0o755, body: "p", xattrs: map[string]string{"security.capability": capability, "user.b": "2", "user.a": "1"}},
 		ent{name: "bin/ping2", typ: tar.TypeLink, link: "bin/ping"},
-		ent{name: "d", typ: tar.TypeDir, xattrs: map[string]string{"trusted.overlay.opaque": "y", "user.overlay.opaque": "y"}})
+		ent{name: "d", typ: tar.TypeDir, xattrs: map[string]string{"trusted.overlay.opaque": "y", "user.overlay.opaque": "y", "security.selinux": "x"}})
 	want := []Extra{{Path: []byte("/bin/ping"), Xattrs: []Xattr{{Name: "security.capability", Value: []byte(capability)}, {Name: "user.a", Value: []byte("1")}, {Name: "user.b", Value: []byte("2")}}}}
 
 	// What gVisor gets must have none: its reader refuses the inode.
@@ -235,7 +235,7 @@ func TestDevices(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := s.Extras(img)
+	got, err := allExtras(s, img)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,6 +244,12 @@ func TestDevices(t *testing.T) {
 		{Path: []byte("/" + odd), Device: &Device{Mode: chr | 0o600, Major: 1, Minor: 3}}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if err := os.Truncate(s.extraPath(img.RootfsID), 60); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := allExtras(s, img); err == nil {
+		t.Error("a file that was cut is taken for whole")
 	}
 }
 

@@ -24,12 +24,14 @@
 package image
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"maps"
 	"os"
@@ -147,20 +149,41 @@ func (s *Store) extraPath(id string) string  { return s.path("rootfs", id+".extr
 // RootfsPath returns the image's root file system: an EROFS file that gVisor and Linux can read.
 func (s *Store) RootfsPath(img Image) string { return s.rootfsPath(img.RootfsID) }
 
-// Extras returns what gVisor does not read of the image's files.
-func (s *Store) Extras(img Image) ([]Extra, error) {
-	b, err := os.ReadFile(s.extraPath(img.RootfsID))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("the attributes of root file system %.12s are lost: %w; load its image again", img.RootfsID, err)
+// Extras yields what gVisor does not read of the image's files, in the order of a walk. An error is the last.
+func (s *Store) Extras(img Image) iter.Seq2[Extra, error] {
+	return func(yield func(Extra, error) bool) {
+		err := s.readExtras(img.RootfsID, func(x Extra) bool { return yield(x, nil) })
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w; load its image again", err)
+		}
+		if err != nil {
+			yield(Extra{}, fmt.Errorf("read the attributes of root file system %.12s: %w", img.RootfsID, err))
+		}
 	}
+}
+
+// readExtras reads one element after the other, since an image may have more of them than memory should hold.
+func (s *Store) readExtras(rootfs string, yield func(Extra) bool) error {
+	f, err := os.Open(s.extraPath(rootfs))
 	if err != nil {
-		return nil, fmt.Errorf("read the extra data of image %s: %w", ShortID(img.ID), err)
+		return err
 	}
-	var xs []Extra
-	if err := json.Unmarshal(b, &xs); err != nil {
-		return nil, fmt.Errorf("read the extra data of image %s: %w", ShortID(img.ID), err)
+	defer f.Close()
+	d := json.NewDecoder(bufio.NewReader(f))
+	if _, err := d.Token(); err != nil {
+		return err
 	}
-	return xs, nil
+	for d.More() {
+		var x Extra
+		if err := d.Decode(&x); err != nil {
+			return err
+		}
+		if !yield(x) {
+			return nil
+		}
+	}
+	_, err = d.Token() // a file that was cut has none
+	return err
 }
 
 // Resolve finds an image by name, by id, or by a prefix of its id.

@@ -24,8 +24,8 @@ func fileXattrs(f *os.File, hdr *tar.Header) error {
 	}
 	val := make([]byte, maxXattrs)
 	for name := range strings.SplitSeq(strings.TrimRight(string(buf[:n]), "\x00"), "\x00") {
-		if name == "security.selinux" {
-			continue // a label of this host's policy
+		if name == labelXattr {
+			continue
 		}
 		m, err := unix.Fgetxattr(fd, name, val)
 		if errors.Is(err, unix.ENODATA) {

@@ -267,6 +267,9 @@ func (t *tree) setAttrs(n *erofs.Node, hdr *tar.Header) error {
 // xattrCost is what an attribute takes beside its name and value.
 const xattrCost = 64
 
+// labelXattr is a label of its host's policy, and means nothing elsewhere.
+const labelXattr = "security.selinux"
+
 // tarXattrs reads the extended attributes of a header. Those of overlay file systems are left out: they would not describe this
 // file but change what the box's own overlay makes of it.
 func tarXattrs(hdr *tar.Header) ([]Xattr, error) {
@@ -275,7 +278,7 @@ func tarXattrs(hdr *tar.Header) ([]Xattr, error) {
 	size := 0
 	for key, value := range hdr.PAXRecords {
 		name, ok := strings.CutPrefix(key, pax)
-		if !ok || strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.") {
+		if !ok || name == labelXattr || strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.") {
 			continue
 		}
 		if name == "" || len(name) > 255 {

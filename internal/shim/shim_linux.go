@@ -1,7 +1,6 @@
 package shim
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,7 +12,6 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -107,6 +105,7 @@ type shim struct {
 	launch  *launcher
 
 	keeper  *lifecycle.Keeper
+	set     assets.Set
 	files   home.Box
 	box     *state.Box
 	handles lifecycle.Handles
@@ -305,6 +304,9 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, err
 	}
+	// Held until the next start or the shim's end: policy may start the sentry again.
+	s.set.Close()
+	s.set = set
 	images, err := image.Open(s.keeper.Home.Images(), s.log)
 	if err != nil {
 		return nil, err
@@ -331,11 +333,10 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 		return nil, fmt.Errorf("connect to the box's agent: %w", err)
 	}
 	r.agent = wire.NewClientOf(sess)
-	conf := setup(s.box)
-	if err := s.extras(&conf, images); err != nil {
+	if err := s.extras(ctx, r.agent, images); err != nil {
 		return nil, err
 	}
-	info, err := r.agent.Configure(ctx, conf)
+	info, err := r.agent.Configure(ctx, setup(s.box))
 	if err != nil {
 		return nil, fmt.Errorf("set up the box: %w", err)
 	}
@@ -401,31 +402,6 @@ func (s *shim) listen(ctx context.Context) (net.Listener, error) {
 			return nil, fmt.Errorf("listen on %s: %w", path, err)
 		}
 	}
-}
-
-// extras adds what gVisor does not see in the image and a box can have all the same. It is made once: from then on it is the box's.
-func (s *shim) extras(conf *wire.Setup, images *image.Store) error {
-	if !s.box.StartedAt.IsZero() || s.args.Mode == Files {
-		return nil
-	}
-	extras, err := images.Extras(image.Image{RootfsID: s.box.Spec.RootfsID})
-	if err != nil {
-		return err
-	}
-	for _, e := range extras {
-		// The agent fills /dev itself.
-		if d := e.Device; d != nil && !bytes.HasPrefix(e.Path, []byte("/dev/")) {
-			conf.Devices = append(conf.Devices, wire.SetupDevice{Path: e.Path, Mode: d.Mode, UID: d.UID, GID: d.GID, Major: d.Major, Minor: d.Minor})
-		}
-		for _, x := range e.Xattrs {
-			if strings.HasPrefix(x.Name, "user.") {
-				conf.Xattrs = append(conf.Xattrs, wire.SetupXattr{Path: e.Path, Name: x.Name, Value: x.Value})
-			} else {
-				s.log.Warn("gVisor has no such attribute", "file", string(e.Path), "name", x.Name)
-			}
-		}
-	}
-	return nil
 }
 
 func setup(b *state.Box) wire.Setup {

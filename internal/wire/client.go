@@ -101,7 +101,14 @@ func lost(ctx context.Context, op string, err error) error {
 	return fmt.Errorf("%s: %w", op, err)
 }
 
-// Configure sets up the box's root; it must be the first call to an agent.
+// Extras gives the box what its kernel does not show of the image. It comes before Configure, and may come again with more.
+func (c *Client) Extras(ctx context.Context, e Extras) (Info, error) {
+	var info Info
+	err := c.Call(ctx, OpExtras, e, &info)
+	return info, err
+}
+
+// Configure sets up the box's root; but for Extras it must be the first call to an agent.
 func (c *Client) Configure(ctx context.Context, s Setup) (Info, error) {
 	var info Info
 	err := c.Call(ctx, OpConfigure, s, &info)

@@ -11,6 +11,7 @@ const Version = 1
 
 // Operations the agent serves. The shim has more, and names them itself.
 const (
+	OpExtras    = "extras"
 	OpConfigure = "configure"
 	OpPing      = "ping"
 	OpExec      = "exec"
@@ -24,7 +25,16 @@ const (
 	OpTarIn     = "tar-in"
 )
 
-// Setup is the first message to an agent: the box's root and what is in it. Paths of the scaffold are those before the box's
+// Extras are what an image has and its kernel does not show of it. They come before [Setup], in as many messages as it takes, once in a
+// box's life, and are made in the writable layer.
+type Extras struct {
+	Lower   string        `json:"lower,omitempty"` // as in Setup
+	State   string        `json:"state,omitempty"`
+	Xattrs  []SetupXattr  `json:"xattrs,omitempty"`
+	Devices []SetupDevice `json:"devices,omitempty"`
+}
+
+// Setup tells an agent what it is in: the box's root and what is in it. Paths of the scaffold are those before the box's
 // own root is entered.
 type Setup struct {
 	Hostname string `json:"hostname"`
@@ -35,8 +45,6 @@ type Setup struct {
 	Volumes []SetupVolume `json:"volumes,omitempty"`
 	Tmpfs   []spec.Tmpfs  `json:"tmpfs,omitempty"`
 	Files   []SetupFile   `json:"files,omitempty"`
-	Xattrs  []SetupXattr  `json:"xattrs,omitempty"`
-	Devices []SetupDevice `json:"devices,omitempty"`
 }
 
 // SetupVolume is a volume that the engine has put at Staging.
@@ -55,14 +63,14 @@ type SetupFile struct {
 	Keep bool   `json:"keep,omitempty"`
 }
 
-// SetupXattr is an extended attribute of a file of the image. It is set in the writable layer, and so once in a box's life.
+// SetupXattr is an extended attribute of a file of the image.
 type SetupXattr struct {
 	Path  []byte `json:"path"` // names of an image need not be UTF-8
 	Name  string `json:"name"`
 	Value []byte `json:"value"`
 }
 
-// SetupDevice is a device file of the image, made in the writable layer once in a box's life.
+// SetupDevice is a device file of the image.
 type SetupDevice struct {
 	Path  []byte `json:"path"`
 	Mode  uint32 `json:"mode"` // type and permissions
@@ -72,7 +80,7 @@ type SetupDevice struct {
 	Minor uint32 `json:"minor"`
 }
 
-// Info is an agent's answer to a ping and to its configuration.
+// Info is an agent's answer to a ping, to extras and to its configuration.
 type Info struct {
 	Version int    `json:"version"`
 	Kernel  string `json:"kernel,omitempty"`
