@@ -279,6 +279,9 @@ func (b *Box) connect(ctx context.Context) (*wire.Client, error) {
 	return nil, fmt.Errorf("box %s is %s: %w: start it first", b.name, phase, ErrNotRunning)
 }
 
+// ErrDetached is what the Read of an attachment's Stdin may return to leave the main process' input open, before the attachment is closed.
+var ErrDetached = wire.ErrDetached
+
 // Attachment is a connection to a box's main process.
 type Attachment struct {
 	proc   *wire.Process
@@ -316,7 +319,8 @@ func attach(ctx context.Context, c *wire.Client, o AttachOptions, req shim.Attac
 	return &Attachment{proc: p, client: c}, nil
 }
 
-// StartAttached starts the box connected to o: nothing of the main process' output is missed, and its input ends with o.Stdin.
+// StartAttached starts the box connected to o: nothing of the main process' output is missed, and its input ends with o.Stdin,
+// unless that is [ErrDetached]. At a terminal, the end of this program is no end of input.
 func (b *Box) StartAttached(ctx context.Context, o AttachOptions) (*Attachment, error) {
 	var a *Attachment
 	err := b.exclusive(ctx, func(rec *state.Box) error {

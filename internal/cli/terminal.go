@@ -22,6 +22,7 @@ type terminal struct {
 	tty     bool
 	stdin   bool
 	raw     *term.State
+	input   io.Reader // standard input, without what is typed to this program
 	once    sync.Once
 	isTerm  bool
 	signals chan os.Signal
@@ -29,7 +30,7 @@ type terminal struct {
 }
 
 func (a *app) terminal(tty, stdin bool) (*terminal, error) {
-	t := &terminal{a: a, tty: tty, stdin: stdin, isTerm: term.IsTerminal(int(a.in.Fd())),
+	t := &terminal{a: a, tty: tty, stdin: stdin, input: a.in, isTerm: term.IsTerminal(int(a.in.Fd())),
 		signals: make(chan os.Signal, 16), done: make(chan struct{})}
 	if tty && stdin && !t.isTerm {
 		return nil, errors.New("standard input is not a terminal: leave out -t")
@@ -70,7 +71,7 @@ func (t *terminal) size() (rows, cols uint16) {
 func (t *terminal) io() coffer.IO {
 	s := coffer.IO{Stdout: t.a.out, Stderr: t.a.err}
 	if t.stdin {
-		s.Stdin = io.Reader(t.a.in)
+		s.Stdin = t.input
 	}
 	return s
 }
