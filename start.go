@@ -288,6 +288,7 @@ type Attachment struct {
 	client *wire.Client
 	shim   *supervise.Watcher // of a box that this attachment started
 	gen    uint64             // the generation that it started
+	cut    bool
 }
 
 // AttachOptions say how to attach.
@@ -368,8 +369,12 @@ func (a *Attachment) Wait(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	a.cut = st.Truncated
 	return st.Code, a.client.Close()
 }
+
+// Truncated is as with [Command.Truncated], after [Attachment.Wait].
+func (a *Attachment) Truncated() bool { return a.cut }
 
 // Signal sends a signal to the main process.
 func (a *Attachment) Signal(ctx context.Context, n int) error { return a.proc.Signal(ctx, n) }

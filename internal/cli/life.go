@@ -228,6 +228,8 @@ func (a *app) attachCmd() *cobra.Command {
 			default:
 				return err
 			}
+			t.close()
+			a.tellTruncated(att)
 			if code != 0 {
 				return exitError(code)
 			}
@@ -287,7 +289,10 @@ func (a *app) execCmd() *cobra.Command {
 				return err
 			}
 			t.forward(run, cmd, giveUp)
-			return cmd.Wait()
+			err = cmd.Wait()
+			t.close()
+			a.tellTruncated(cmd)
+			return err
 		})
 	}
 	return c

@@ -331,6 +331,7 @@ func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal, keys [
 	settle, stop := signal.NotifyContext(context.WithoutCancel(ctx), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	t.close()
+	a.tellTruncated(att)
 	if _, serr := b.Settle(settle, att); serr != nil {
 		err = errors.Join(err, serr)
 	}

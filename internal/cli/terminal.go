@@ -88,6 +88,13 @@ type remote interface {
 	Resize(ctx context.Context, rows, cols uint16) error
 }
 
+// tellTruncated says what else would look like the whole output.
+func (a *app) tellTruncated(of interface{ Truncated() bool }) {
+	if of.Truncated() {
+		fmt.Fprintln(a.err, "coffer: the command left something running that still has its output open: what that writes is not shown")
+	}
+}
+
 // errInterrupted says that the user wants no more of a connection; it is reported like any other interruption.
 var errInterrupted = fmt.Errorf("interrupted: %w", context.Canceled)
 
