@@ -42,6 +42,7 @@ type Command struct {
 	client *wire.Client
 	proc   *wire.Process
 	stop   func() bool
+	cut    bool
 }
 
 // Command prepares a program to be run in the box.
@@ -132,6 +133,7 @@ func (c *Command) Wait() error {
 		return errNotStarted
 	}
 	st, err := c.proc.Wait(c.limit)
+	c.cut = st.Truncated
 	late := err != nil && c.limit.Err() != nil
 	c.stop()
 	err = errors.Join(err, c.client.Close())
@@ -191,6 +193,10 @@ func (l *limited) Write(p []byte) (int, error) {
 
 // errNotStarted answers what only a started program can do.
 var errNotStarted = errors.New("command was not started: call Start first")
+
+// Truncated tells, after [Command.Wait], whether something that the program left behind still had its output open. What that writes is
+// not delivered; all that the program wrote itself is.
+func (c *Command) Truncated() bool { return c.cut }
 
 // PID is the program's number inside the box; 0 before it was started.
 func (c *Command) PID() int {

@@ -312,12 +312,16 @@ func (b *Box) connect(ctx context.Context, phases ...state.Phase) (*wire.Client,
 	return nil, fmt.Errorf("box %s is %s: %w: start it first", b.name, phase, ErrNotRunning)
 }
 
+// ErrDetached is what the Read of an attachment's Stdin may return to leave the main process' input open, before the attachment is closed.
+var ErrDetached = wire.ErrDetached
+
 // Attachment is a connection to a box's main process.
 type Attachment struct {
 	proc   *wire.Process
 	client *wire.Client
 	shim   *supervise.Watcher // of a box that this attachment started
 	gen    uint64             // the generation that it started
+	cut    bool
 }
 
 // AttachOptions say how to attach.
@@ -349,7 +353,8 @@ func attach(ctx context.Context, c *wire.Client, o AttachOptions, req shim.Attac
 	return &Attachment{proc: p, client: c}, nil
 }
 
-// StartAttached starts the box connected to o: nothing of the main process' output is missed, and its input ends with o.Stdin.
+// StartAttached starts the box connected to o: nothing of the main process' output is missed, and its input ends with o.Stdin,
+// unless that is [ErrDetached]. At a terminal, the end of this program is no end of input.
 func (b *Box) StartAttached(ctx context.Context, o AttachOptions) (*Attachment, error) {
 	var a *Attachment
 	err := b.exclusive(ctx, func(rec *state.Box) error {
@@ -397,8 +402,12 @@ func (a *Attachment) Wait(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	a.cut = st.Truncated
 	return st.Code, a.client.Close()
 }
+
+// Truncated is as with [Command.Truncated], after [Attachment.Wait].
+func (a *Attachment) Truncated() bool { return a.cut }
 
 // Signal sends a signal to the main process.
 func (a *Attachment) Signal(ctx context.Context, n int) error { return a.proc.Signal(ctx, n) }

@@ -13,10 +13,16 @@ import (
 
 func (a *app) startCmd() *cobra.Command {
 	var attach, stdin bool
+	var keys string
 	c := a.boxes(&cobra.Command{Use: "start [flags] BOX [BOX...]", Short: "Start boxes", Args: between(1, -1, "box")}, -1)
 	c.Flags().BoolVarP(&attach, "attach", "a", false, "connect to the box and exit with its code (one box)")
 	c.Flags().BoolVarP(&stdin, "interactive", "i", false, "connect standard input too")
+	addDetachKeys(c.Flags(), &keys)
 	c.RunE = func(c *cobra.Command, args []string) error {
+		detaching, err := parseKeys(keys)
+		if err != nil {
+			return err
+		}
 		if !attach && !stdin {
 			return a.each(c.Context(), args, func(ref string, b *coffer.Box) error { return a.named(ref, b.Start(c.Context())) })
 		}
@@ -32,7 +38,7 @@ func (a *app) startCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.foreground(c.Context(), b, t)
+			return a.foreground(c.Context(), b, t, detaching)
 		})
 	}
 	return c
@@ -182,10 +188,16 @@ func (a *app) renameCmd() *cobra.Command {
 
 func (a *app) attachCmd() *cobra.Command {
 	var noStdin bool
+	var keys string
 	c := a.boxes(&cobra.Command{Use: "attach [flags] BOX", Short: "Connect to the main process of a running box", Args: exactly(1, "box"),
 		Long: "Connect to the main process of a running box and exit with its code. What it has put out so far is shown first."}, 1)
 	c.Flags().BoolVar(&noStdin, "no-stdin", false, "do not connect standard input")
+	addDetachKeys(c.Flags(), &keys)
 	c.RunE = func(c *cobra.Command, args []string) error {
+		detaching, err := parseKeys(keys)
+		if err != nil {
+			return err
+		}
 		return a.one(c.Context(), args[0], func(b *coffer.Box) error {
 			i, err := b.Info(c.Context())
 			if err != nil {
@@ -198,6 +210,7 @@ func (a *app) attachCmd() *cobra.Command {
 			defer t.close()
 			run, begun, giveUp := takeover(c.Context())
 			defer giveUp(nil)
+			t.detachable(detaching, giveUp)
 			att, err := b.Attach(run, t.options(true))
 			begun()
 			if err != nil {
@@ -205,12 +218,18 @@ func (a *app) attachCmd() *cobra.Command {
 			}
 			t.forward(run, att, giveUp)
 			code, err := att.Wait(run)
-			if err != nil && run.Err() != nil {
-				return context.Cause(run)
-			}
-			if err != nil {
+			switch cause := context.Cause(run); {
+			case err == nil:
+			case errors.Is(cause, coffer.ErrDetached):
+				t.detached()
+				return nil
+			case cause != nil:
+				return cause
+			default:
 				return err
 			}
+			t.close()
+			a.tellTruncated(att)
 			if code != 0 {
 				return exitError(code)
 			}
@@ -270,7 +289,10 @@ func (a *app) execCmd() *cobra.Command {
 				return err
 			}
 			t.forward(run, cmd, giveUp)
-			return cmd.Wait()
+			err = cmd.Wait()
+			t.close()
+			a.tellTruncated(cmd)
+			return err
 		})
 	}
 	return c

@@ -258,11 +258,17 @@ func volume(s string) (coffer.Volume, error) {
 func (a *app) runCmd() *cobra.Command {
 	var o boxFlags
 	var detach bool
+	var keys string
 	c := a.images(&cobra.Command{Use: "run [flags] IMAGE [COMMAND [ARG...]]", Short: "Create a box and start it", Args: needImage,
 		Long: "Create a box and start it, connected to this terminal unless -d is given.\n\n" + exitCodes})
 	o.add(c.Flags())
 	c.Flags().BoolVarP(&detach, "detach", "d", false, "run in the background and print the box's id")
+	addDetachKeys(c.Flags(), &keys)
 	c.RunE = func(c *cobra.Command, args []string) error {
+		detaching, err := parseKeys(keys)
+		if err != nil {
+			return err
+		}
 		s, err := o.spec(c.Flags(), args)
 		if err != nil {
 			return err
@@ -285,7 +291,7 @@ func (a *app) runCmd() *cobra.Command {
 				t.close()
 				return err
 			}
-			return a.foreground(c.Context(), b, t)
+			return a.foreground(c.Context(), b, t, detaching)
 		})
 	}
 	return c
@@ -299,10 +305,11 @@ func needImage(_ *cobra.Command, args []string) error {
 }
 
 // foreground starts a box connected to this terminal and exits with its main process' code.
-func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal) error {
+func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal, keys []byte) error {
 	defer t.close()
 	run, begun, giveUp := takeover(ctx)
 	defer giveUp(nil)
+	t.detachable(keys, giveUp)
 	att, err := b.StartAttached(run, t.options(false))
 	begun()
 	if err != nil {
@@ -313,12 +320,18 @@ func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal) error 
 	}
 	t.forward(run, att, giveUp)
 	code, err := att.Wait(run)
-	if err != nil && run.Err() != nil {
-		return fmt.Errorf("%w; box %s is left as it is", context.Cause(run), b.Name())
+	switch cause := context.Cause(run); {
+	case err == nil || cause == nil:
+	case errors.Is(cause, coffer.ErrDetached):
+		t.detached()
+		return nil
+	default:
+		return fmt.Errorf("%w; box %s is left as it is", cause, b.Name())
 	}
 	settle, stop := signal.NotifyContext(context.WithoutCancel(ctx), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	t.close()
+	a.tellTruncated(att)
 	if _, serr := b.Settle(settle, att); serr != nil {
 		err = errors.Join(err, serr)
 	}

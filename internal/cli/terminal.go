@@ -22,6 +22,7 @@ type terminal struct {
 	tty     bool
 	stdin   bool
 	raw     *term.State
+	input   io.Reader // standard input, without what is typed to this program
 	once    sync.Once
 	isTerm  bool
 	signals chan os.Signal
@@ -29,7 +30,7 @@ type terminal struct {
 }
 
 func (a *app) terminal(tty, stdin bool) (*terminal, error) {
-	t := &terminal{a: a, tty: tty, stdin: stdin, isTerm: term.IsTerminal(int(a.in.Fd())),
+	t := &terminal{a: a, tty: tty, stdin: stdin, input: a.in, isTerm: term.IsTerminal(int(a.in.Fd())),
 		signals: make(chan os.Signal, 16), done: make(chan struct{})}
 	if tty && stdin && !t.isTerm {
 		return nil, errors.New("standard input is not a terminal: leave out -t")
@@ -70,7 +71,7 @@ func (t *terminal) size() (rows, cols uint16) {
 func (t *terminal) io() coffer.IO {
 	s := coffer.IO{Stdout: t.a.out, Stderr: t.a.err}
 	if t.stdin {
-		s.Stdin = io.Reader(t.a.in)
+		s.Stdin = t.input
 	}
 	return s
 }
@@ -85,6 +86,13 @@ func (t *terminal) options(backlog bool) coffer.AttachOptions {
 type remote interface {
 	Signal(ctx context.Context, n int) error
 	Resize(ctx context.Context, rows, cols uint16) error
+}
+
+// tellTruncated says what else would look like the whole output.
+func (a *app) tellTruncated(of interface{ Truncated() bool }) {
+	if of.Truncated() {
+		fmt.Fprintln(a.err, "coffer: the command left something running that still has its output open: what that writes is not shown")
+	}
 }
 
 // errInterrupted says that the user wants no more of a connection; it is reported like any other interruption.

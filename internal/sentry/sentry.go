@@ -106,6 +106,10 @@ func run(c *launch.Config, ready *os.File) (int, error) {
 	if err != nil {
 		return 1, err
 	}
+	stdio, err := nullStdio()
+	if err != nil {
+		return 1, err
+	}
 	args := boot.Args{
 		ID:               c.ID,
 		Spec:             spec,
@@ -117,7 +121,7 @@ func run(c *launch.Config, ready *os.File) (int, error) {
 		ExecFD:           -1,
 		PodInitConfigFD:  -1,
 		RootfsUpperTarFD: -1,
-		StdioFDs:         dupStdio(),
+		StdioFDs:         stdio,
 		PassFDs:          []boot.FDMapping{{Guest: launch.AgentFD, Host: c.AgentFD}},
 		NumCPU:           c.NumCPU,
 		CPUQuota:         -1,
@@ -287,17 +291,18 @@ func openPlatform(conf *config.Config) (*fd.FD, error) {
 	return f, nil
 }
 
-// dupStdio gives the agent the standard descriptors of this process; the loader closes what it is given.
-func dupStdio() []int {
+// nullStdio gives the agent what this process has as standard input and output, which is /dev/null: any process of the guest's root can
+// write to the agent's descriptors, and must not reach the host's log. The loader closes what it is given.
+func nullStdio() ([]int, error) {
 	fds := make([]int, 3)
 	for i := range fds {
-		n, err := unix.FcntlInt(uintptr(i), unix.F_DUPFD_CLOEXEC, 100)
+		n, err := unix.FcntlInt(uintptr(min(i, 1)), unix.F_DUPFD_CLOEXEC, 100)
 		if err != nil {
-			n = i
+			return nil, fmt.Errorf("standard descriptors of the agent: %w", err)
 		}
 		fds[i] = n
 	}
-	return fds
+	return fds, nil
 }
 
 func hostMemory() uint64 {

@@ -58,7 +58,7 @@ func (r *running) client(c net.Conn) {
 		case h.Op == OpAttach && h.Part != wire.PartControl:
 			meet.Join(h, st)
 		case h.Op == OpAttach:
-			wg.Go(func() { r.attach(ctx, &meet, h, st) })
+			wg.Go(func() { r.attach(ctx, sess, &meet, h, st) })
 		case h.Op == OpStop:
 			var req StopRequest
 			err := json.Unmarshal(h.Body, &req)
@@ -94,7 +94,7 @@ func (r *running) stopFor(req StopRequest) {
 }
 
 // attach connects a client to the main process until one of them ends.
-func (r *running) attach(ctx context.Context, meet *wire.Meeting, h wire.Header, st *wire.Stream) {
+func (r *running) attach(ctx context.Context, sess *wire.Session, meet *wire.Meeting, h wire.Header, st *wire.Stream) {
 	att, err := meet.Attach(ctx, h, st)
 	if err != nil {
 		return
@@ -142,7 +142,7 @@ func (r *running) attach(ctx context.Context, meet *wire.Meeting, h wire.Header,
 	if att.Stdin != nil && r.stdin != nil {
 		go func() {
 			_, _ = io.Copy(r.stdin, att.Stdin)
-			if req.CloseStdin {
+			if req.CloseStdin && !(r.s.box.Spec.Main.TTY && s.left(sess.Done())) {
 				r.stdin.Close()
 			}
 		}()
@@ -186,6 +186,18 @@ func (r *running) attach(ctx context.Context, meet *wire.Meeting, h wire.Header,
 	}
 	r.mu.Unlock()
 	_ = att.Exit(status)
+}
+
+// left tells whether a client whose input has ended has gone altogether. At a terminal that is no end of input: it may have detached.
+func (s *sub) left(lost <-chan struct{}) bool {
+	select {
+	case <-lost:
+		return true
+	case <-s.gone:
+		return true
+	case <-time.After(100 * time.Millisecond): // what tells of it is on another stream
+		return false
+	}
 }
 
 // begin starts the main process for a client that asks for it, or waits until it runs.

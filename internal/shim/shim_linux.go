@@ -36,12 +36,20 @@ func Main(a Args, engines []engine.Engine) int {
 	debug.SetGCPercent(30)
 	// Terminals and login sessions of whoever started the box are nothing to it.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGPIPE)
-	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	words := &boundLog{f: os.Stderr, max: maxLog}
+	log := slog.New(slog.NewTextHandler(words, nil))
 	launch := &launcher{f: os.NewFile(LaunchFD, "launch"), kept: a.Mode != Detached}
 	unix.CloseOnExec(LaunchFD)
 	unix.CloseOnExec(LockFD)
 	jail.CloseInherited(LockFD + 1)
-	s := &shim{args: a, engines: engines, log: log, launch: launch}
+	jailWords, finish, err := words.pipe()
+	if err != nil {
+		log.Error("shim", "error", err)
+		launch.fail(err)
+		return 1
+	}
+	defer finish()
+	s := &shim{args: a, engines: engines, log: log, launch: launch, stderr: jailWords}
 	if err := s.run(context.Background()); err != nil {
 		log.Error("shim", "error", err)
 		launch.fail(err)
@@ -103,6 +111,7 @@ type shim struct {
 	engines []engine.Engine
 	log     *slog.Logger
 	launch  *launcher
+	stderr  *os.File // takes what jail and kernel have to say
 
 	keeper  *lifecycle.Keeper
 	set     assets.Set
@@ -180,7 +189,7 @@ func (s *shim) Launch(ctx context.Context, cfg jail.Config) (out *jail.Jail, err
 		return nil, err
 	}
 	defer cfg.Cgroup.Close()
-	cfg.Name, cfg.Lock, cfg.Stderr = s.keeper.Home.GenerationName(s.args.ID, s.box.Generation), lock.File(), os.Stderr
+	cfg.Name, cfg.Lock, cfg.Stderr = s.keeper.Home.GenerationName(s.args.ID, s.box.Generation), lock.File(), s.stderr
 	j, err := jail.Spawn(cfg)
 	if err != nil {
 		return nil, err

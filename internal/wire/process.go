@@ -13,6 +13,9 @@ import (
 	"github.com/coffer-box/coffer/internal/spec"
 )
 
+// ErrDetached is what a Stdin's Read returns to leave the process' input open: its client is about to go, and not the input's end.
+var ErrDetached = errors.New("detached")
+
 // IO is what a process is connected to. A nil Stdin is /dev/null; output for which there is no writer is thrown away in the box.
 // With a terminal all output comes on Stdout.
 type IO struct {
@@ -127,7 +130,10 @@ func (p *Process) feed(s *Stream, r io.Reader) {
 		io.Copy(io.Discard, s)
 		s.SetWriteDeadline(time.Unix(1, 0))
 	}()
-	_, _, _ = Copy(s, r) // the process may not want it all
+	_, _, rerr := Copy(s, r) // the process may not want it all
+	if errors.Is(rerr, ErrDetached) {
+		return
+	}
 	s.CloseWrite()
 }
 

@@ -3,7 +3,9 @@ package e2e
 import (
 	"bufio"
 	"errors"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"syscall"
 	"testing"
 	"time"
@@ -127,19 +129,25 @@ func TestInterruptedStart(t *testing.T) {
 	}
 }
 
-// TestSecondSignal: a command that is busy with something that does not end is ended by a second signal.
+// TestSecondSignal: a command that is busy with what does not end, a pipe that nobody writes here, is ended by a second signal.
 func TestSecondSignal(t *testing.T) {
 	h := newHome(t)
-	c := h.cmd("load")
-	in, err := c.StdinPipe()
-	if err != nil {
+	h.run("ps")
+	never := filepath.Join(h.dir, "pipe")
+	if err := syscall.Mkfifo(never, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	defer in.Close()
+	c := h.cmd("create", "--env-file", never, "base")
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "it has opened the home", func() bool { return h.instance() != "" })
+	var pipe *os.File
+	until(t, "it reads the pipe", func() bool {
+		var err error
+		pipe, err = os.OpenFile(never, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+		return err == nil
+	})
+	defer pipe.Close()
 	signal(t, c, syscall.SIGINT, syscall.SIGINT)
 	ends(t, c)
 }

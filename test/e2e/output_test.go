@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -109,4 +110,18 @@ func TestStoppedClient(t *testing.T) {
 			h.try("rm", "-f", "b")
 		})
 	}
+}
+
+// TestGuestWritesNoLog: root in a box cannot write to a file of the host through the agent's descriptors.
+func TestGuestWritesNoLog(t *testing.T) {
+	h := newHome(t)
+	h.run("run", "-d", "--name", "b", "base", "sleep", "1000")
+	for fd := range 3 {
+		h.try("exec", "b", "sh", "-c", fmt.Sprintf("echo from the guest >/proc/1/fd/%d", fd))
+	}
+	b, err := os.ReadFile(h.field("b", "{{.ShimLog}}"))
+	if err != nil || bytes.Contains(b, []byte("from the guest")) {
+		t.Errorf("%q, %v", b, err)
+	}
+	h.run("rm", "-f", "b")
 }
