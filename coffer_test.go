@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -259,6 +260,49 @@ func TestNotStarted(t *testing.T) {
 		"Wait": c.Wait()} {
 		if err == nil || !strings.Contains(err.Error(), "not started") {
 			t.Errorf("%s = %v", name, err)
+		}
+	}
+}
+
+// gate is a writer that is busy until it is let go.
+type gate struct{ entered, open chan struct{} }
+
+func (g gate) Write(p []byte) (int, error) {
+	select {
+	case g.entered <- struct{}{}:
+	default:
+	}
+	<-g.open
+	return len(p), nil
+}
+
+// TestWaitForWriters: when Wait has returned, nothing is written any more to what the caller gave, as with os/exec.
+func TestWaitForWriters(t *testing.T) {
+	rt := runtime(t)
+	b, err := rt.Run(t.Context(), coffer.Spec{Image: "base", Cmd: []string{"sleep", "600"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	g := gate{make(chan struct{}, 1), make(chan struct{})}
+	cmd := b.Command(ctx, "sh", "-c", "echo x; sleep 1000")
+	cmd.Stdout = g
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-g.entered
+	cancel()
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	select {
+	case err := <-done:
+		t.Errorf("Wait returned (%v) while the command's output is still being written", err)
+		close(g.open)
+	case <-time.After(time.Second):
+		close(g.open)
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Error(err)
 		}
 	}
 }

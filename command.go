@@ -137,6 +137,8 @@ func (c *Command) Wait() error {
 	late := err != nil && c.limit.Err() != nil
 	c.stop()
 	err = errors.Join(err, c.client.Close())
+	// The copies to the command's writers end with the connection. The caller may look at what it gave only when they have.
+	<-c.proc.Done()
 	if cerr := c.ctx.Err(); cerr != nil {
 		return cerr
 	}

@@ -135,9 +135,15 @@ func (b *Box) Logs(ctx context.Context, o LogOptions, fn func(LogEntry) error) e
 		return err
 	}
 	path := b.rt.home.Box(b.id).Log()
+	// One for counting and reading: between two of them the log may have been rotated.
+	s, err := logfile.Snap(path)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
 	skip := 0
 	if o.Tail >= 0 {
-		n, err := countLines(path, o.Since)
+		n, err := countLines(s, o.Since)
 		if err != nil {
 			return err
 		}
@@ -157,10 +163,6 @@ func (b *Box) Logs(ctx context.Context, o LogOptions, fn func(LogEntry) error) e
 		return fn(LogEntry{Time: e.Time, Stderr: e.Stream == logfile.Stderr, Data: data})
 	}
 	if !o.Follow {
-		s, err := logfile.Snap(path)
-		if err != nil {
-			return err
-		}
 		return s.Each(emit)
 	}
 	w, err := supervise.Watch(b.rt.home.Box(rec.ID).ShimLock())
@@ -168,7 +170,7 @@ func (b *Box) Logs(ctx context.Context, o LogOptions, fn func(LogEntry) error) e
 		return err
 	}
 	defer w.Close()
-	return logfile.Follow(ctx, path, func() (bool, error) {
+	return s.Follow(ctx, path, func() (bool, error) {
 		if w == nil {
 			return true, nil
 		}
@@ -177,13 +179,9 @@ func (b *Box) Logs(ctx context.Context, o LogOptions, fn func(LogEntry) error) e
 	}, emit)
 }
 
-func countLines(path string, since time.Time) (int, error) {
-	s, err := logfile.Snap(path)
-	if err != nil {
-		return 0, err
-	}
+func countLines(s *logfile.Snapshot, since time.Time) (int, error) {
 	var lines lineCounter
-	err = s.Each(func(e logfile.Entry) error {
+	err := s.Scan(func(e logfile.Entry) error {
 		if !e.Time.Before(since) {
 			lines.after(math.MaxInt, e)
 		}

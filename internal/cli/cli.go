@@ -257,7 +257,7 @@ func (a *app) complainOfOthers(err error) {
 // complain prints an error, each part of a joined one on a line of its own.
 func (a *app) complain(err error) {
 	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintln(a.err, "coffer:", strings.TrimSuffix(line, "\n"))
+		fmt.Fprintln(a.err, "coffer:", visible(strings.TrimSuffix(line, "\n")))
 	}
 }
 

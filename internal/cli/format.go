@@ -4,11 +4,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"text/template"
 	"text/template/parse"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 )
@@ -54,12 +57,34 @@ func show[T any](w io.Writer, f format, items []T, cols []column[T]) error {
 	fmt.Fprintln(tw, strings.Join(line, "\t"))
 	for _, it := range items {
 		for i, c := range cols {
-			line[i] = c.cell(it)
+			line[i] = visible(c.cell(it))
 		}
 		fmt.Fprintln(tw, strings.Join(line, "\t"))
 	}
 	return tw.Flush()
 }
+
+// visible writes out what is not for a terminal to show: a box chooses its processes' names, and an escape sequence in one could do
+// anything with what is on the screen.
+func visible(s string) string {
+	if !strings.ContainsFunc(s, hidden) && utf8.ValidString(s) {
+		return s
+	}
+	var b strings.Builder
+	for i, r := range s {
+		switch {
+		case r == utf8.RuneError && !strings.HasPrefix(s[i:], string(utf8.RuneError)):
+			fmt.Fprintf(&b, `\x%02x`, s[i])
+		case hidden(r):
+			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+		default:
+			b.WriteRune(r)
+		}
+	}
+	return b.String()
+}
+
+func hidden(r rune) bool { return !unicode.IsPrint(r) && r != utf8.RuneError }
 
 func showTemplate[T any](w io.Writer, text string, items []T) error {
 	// A shell's quotes keep these as they are; Docker takes them for what they mean, too.

@@ -4,13 +4,16 @@ package logfile
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
+	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
@@ -66,7 +69,7 @@ func NewWriter(path string, maxBytes int64, files int) (*Writer, error) {
 }
 
 func (w *Writer) open() error {
-	f, err := os.OpenFile(w.path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	f, err := os.OpenFile(w.path, os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
 	if err != nil {
 		return fmt.Errorf("open log: %w", err)
 	}
@@ -76,6 +79,19 @@ func (w *Writer) open() error {
 		return fmt.Errorf("open log: %w", err)
 	}
 	w.f, w.size = f, st.Size()
+	// A line that a crash has torn must not take the next one with it.
+	last := []byte{'\n'}
+	if w.size > 0 {
+		if _, err := f.ReadAt(last, w.size-1); err != nil {
+			f.Close()
+			return fmt.Errorf("open log: %w", err)
+		}
+	}
+	if last[0] != '\n' {
+		// On a full disk the next entry is not written either.
+		n, _ := f.WriteString("\n")
+		w.size += int64(n)
+	}
 	return nil
 }
 
@@ -98,11 +114,15 @@ func (w *Writer) Append(stream string, data []byte) error {
 		}
 	}
 	n, err := w.f.Write(line)
-	w.size += int64(n)
-	if err != nil {
-		return fmt.Errorf("write log: %w", err)
+	if err == nil {
+		w.size += int64(n)
+		return nil
 	}
-	return nil
+	// A piece of a line would take the next one with it.
+	if n > 0 && w.f.Truncate(w.size) != nil {
+		w.size += int64(n)
+	}
+	return fmt.Errorf("write log: %w", err)
 }
 
 func (w *Writer) rotate() error {
@@ -132,30 +152,62 @@ func (w *Writer) Close() error { return w.f.Close() }
 // Snapshot is everything that was logged up to a moment, held open so that a rotation cannot take it away.
 type Snapshot struct {
 	files []*os.File
-	last  int64 // bytes of the newest file that belong to it
+	// headless is set in the middle of a rotation, or where there is no log.
+	headless bool
+	last     int64 // bytes of the newest file that belong to it
 }
+
+// snapTries is how often a snapshot is begun anew because the log was rotated meanwhile. Rotations are seconds apart.
+const snapTries = 1000
 
 // Snap takes a snapshot of the log at path.
 func Snap(path string) (*Snapshot, error) {
-	s := &Snapshot{}
-	names := []string{path}
-	for i := 1; ; i++ {
-		if _, err := os.Stat(numbered(path, i)); err != nil {
-			break
+	for try := 1; ; try++ {
+		s, err := snap(path)
+		if err != nil {
+			return nil, err
 		}
-		names = append([]string{numbered(path, i)}, names...)
+		if try == snapTries || s.current(path) {
+			return s, nil
+		}
+		s.Close()
 	}
-	for _, n := range names {
-		f, err := os.Open(n)
+}
+
+// current reports whether the log has not been rotated since the snapshot was begun.
+func (s *Snapshot) current(path string) bool {
+	now, err := os.Stat(path)
+	if err != nil || s.headless {
+		return err != nil && s.headless
+	}
+	have, err := s.files[len(s.files)-1].Stat()
+	return err == nil && os.SameFile(have, now)
+}
+
+func snap(path string) (*Snapshot, error) {
+	s := &Snapshot{}
+	// The newest first: a rotation meanwhile gives files higher numbers, so that some are met twice and none is missed.
+	missing := 0
+	for i := 0; missing < 2; i++ {
+		name := path
+		if i > 0 {
+			name = numbered(path, i)
+		}
+		f, err := os.Open(name)
 		if errors.Is(err, fs.ErrNotExist) {
+			missing++ // in the middle of a rotation one name is nobody's
+			s.headless = s.headless || i == 0
 			continue
+		}
+		if err == nil {
+			err = s.add(f)
 		}
 		if err != nil {
 			s.Close()
 			return nil, fmt.Errorf("read log: %w", err)
 		}
-		s.files = append(s.files, f)
 	}
+	slices.Reverse(s.files)
 	if len(s.files) > 0 {
 		st, err := s.files[len(s.files)-1].Stat()
 		if err != nil {
@@ -167,14 +219,38 @@ func Snap(path string) (*Snapshot, error) {
 	return s, nil
 }
 
+// add takes a file, unless it is in the snapshot already.
+func (s *Snapshot) add(f *os.File) error {
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return err
+	}
+	for _, have := range s.files {
+		if hst, err := have.Stat(); err != nil || os.SameFile(st, hst) {
+			f.Close()
+			return err
+		}
+	}
+	s.files = append(s.files, f)
+	return nil
+}
+
 // Each calls fn for every entry, oldest first, and closes the snapshot. Lines that a crash has torn are passed over.
 func (s *Snapshot) Each(fn func(Entry) error) error {
 	defer s.Close()
+	return s.Scan(fn)
+}
+
+// Scan is Each, and leaves the snapshot as it was.
+func (s *Snapshot) Scan(fn func(Entry) error) error {
 	for i, f := range s.files {
-		var r io.Reader = f
+		// A file that was the newest when it was opened may have grown since; only of the last one has that an end here.
+		n := int64(math.MaxInt64)
 		if i == len(s.files)-1 {
-			r = io.LimitReader(f, s.last)
+			n = s.last
 		}
+		r := io.NewSectionReader(f, 0, n)
 		if err := each(bufio.NewReaderSize(r, 64<<10), fn); err != nil {
 			return err
 		}
@@ -209,21 +285,16 @@ func (s *Snapshot) Close() {
 	s.files = nil
 }
 
-// Follow calls fn for every entry there is and for every one that comes, through rotations, until ended says that no more will
-// come or ctx ends.
-func Follow(ctx context.Context, path string, ended func() (bool, error), fn func(Entry) error) error {
-	s, err := Snap(path)
-	if err != nil {
-		return err
-	}
-	defer s.Close()
+// Follow calls fn for every entry of the snapshot of the log at path and for every one that comes, through rotations, until ended says
+// that no more will come or ctx ends.
+func (s *Snapshot) Follow(ctx context.Context, path string, ended func() (bool, error), fn func(Entry) error) error {
 	var cur *os.File
 	for i, f := range s.files {
 		if i == len(s.files)-1 {
 			cur = f
 			break
 		}
-		if err := each(bufio.NewReaderSize(f, 64<<10), fn); err != nil {
+		if err := each(bufio.NewReaderSize(io.NewSectionReader(f, 0, math.MaxInt64), 64<<10), fn); err != nil {
 			return err
 		}
 	}
@@ -259,6 +330,7 @@ type tail struct {
 	path string
 	f    *os.File
 	own  bool // not the snapshot's
+	pos  int64
 	part []byte
 	fn   func(Entry) error
 }
@@ -281,16 +353,17 @@ func (t *tail) more() (int, error) {
 		t.f, t.own = f, true
 	}
 	buf := make([]byte, 64<<10)
-	n, err := t.f.Read(buf)
+	n, err := t.f.ReadAt(buf, t.pos)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return 0, fmt.Errorf("read log: %w", err)
 	}
 	if n == 0 {
 		return t.next()
 	}
+	t.pos += int64(n)
 	t.part = append(t.part, buf[:n]...)
 	for {
-		i := indexNewline(t.part)
+		i := bytes.IndexByte(t.part, '\n')
 		if i < 0 {
 			return n, nil
 		}
@@ -305,45 +378,36 @@ func (t *tail) more() (int, error) {
 	}
 }
 
-// next moves on to the file that now has the log's name, once the one in hand is read to its end and is another.
+// next moves on to the file that came after the one in hand, once that is read to its end.
 func (t *tail) next() (int, error) {
-	have, err1 := t.f.Stat()
-	now, err2 := os.Stat(t.path)
-	if err1 != nil || err2 != nil || os.SameFile(have, now) {
+	have, err := t.f.Stat()
+	if err != nil {
 		return 0, nil
 	}
-	// Between the last read and the rotation something may have been added.
-	if pos, err := t.f.Seek(0, io.SeekCurrent); err == nil && pos < have.Size() {
-		return 1, nil
+	if now, err := os.Stat(t.path); err != nil || os.SameFile(have, now) {
+		return 0, nil
 	}
-	// More than one rotation may have happened: find the one after ours.
-	next := t.path
-	for i := 1; ; i++ {
-		st, err := os.Stat(numbered(t.path, i))
-		if err != nil {
-			break
-		}
-		if os.SameFile(st, have) {
-			if i > 1 {
-				next = numbered(t.path, i-1)
-			}
-			break
+	// Opened all together, and then looked at: more than one rotation may have happened, and one may happen now.
+	s, err := Snap(t.path)
+	if err != nil || len(s.files) == 0 {
+		return 0, err
+	}
+	defer s.Close()
+	next := 0 // the oldest, where ours is gone
+	for i, f := range s.files {
+		if st, err := f.Stat(); err == nil && os.SameFile(st, have) {
+			next = i + 1
 		}
 	}
-	f, err := os.Open(next)
-	if err != nil {
+	if next == len(s.files) {
 		return 0, nil // being rotated right now
 	}
-	t.close()
-	t.f, t.own, t.part = f, true, nil
-	return 1, nil
-}
-
-func indexNewline(b []byte) int {
-	for i, c := range b {
-		if c == '\n' {
-			return i
-		}
+	// Between the last read and the rotation something may have been added. After it nothing is.
+	if st, err := t.f.Stat(); err != nil || t.pos < st.Size() {
+		return 1, nil
 	}
-	return -1
+	t.close()
+	t.f, t.own, t.pos, t.part = s.files[next], true, 0, nil
+	s.files = slices.Delete(s.files, next, next+1)
+	return 1, nil
 }

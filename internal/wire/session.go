@@ -16,8 +16,11 @@ const (
 	// window is what a stream's sender may have under way. One MiB keeps a bulk copy from waiting for its reader over a
 	// socket, and is the most that a hostile peer can make us hold per stream that we opened.
 	window = 1 << 20
-	// maxStreams bounds the streams a peer may have open towards an accepting side.
+	// maxStreams bounds the streams a peer may have open towards an accepting side, and what the other side opens.
 	maxStreams = 1024
+	// maxLingering bounds the streams that we opened and closed and the peer did not, for each of which it can make us hold a window.
+	// It is more than an honest peer needs even when many processes end at once: who opens waits for it.
+	maxLingering = 64
 	// headerTimeout is how long an accepted stream may take to say what it is for.
 	headerTimeout = 10 * time.Second
 	// closeTimeout frees a stream that we closed and the peer never does. It is this long because it also ends a stream whose
@@ -28,6 +31,9 @@ const (
 	forever = 365 * 24 * time.Hour
 )
 
+// ErrTooManyStreams is returned where a session has all the streams that it may have.
+var ErrTooManyStreams = errors.New("too many open streams to the box")
+
 // ErrClosed is returned by calls on a session that has ended.
 var ErrClosed = errors.New("connection to the box is closed")
 
@@ -37,6 +43,9 @@ type Session struct {
 	mux   *yamux.Session
 	guard *guardConn
 	live  atomic.Int64
+	// Streams that we opened and closed and the peer did not, and a word that there is one less.
+	lingering atomic.Int64
+	less      chan struct{}
 
 	accepted chan acceptedStream
 	loops    sync.WaitGroup
@@ -64,7 +73,7 @@ func newSession(conn io.ReadWriteCloser, acceptor bool) (*Session, error) {
 		StreamCloseTimeout:     closeTimeout,
 		LogOutput:              io.Discard,
 	}
-	s := &Session{guard: &guardConn{conn: conn, acceptor: acceptor}}
+	s := &Session{guard: &guardConn{conn: conn, acceptor: acceptor}, less: make(chan struct{}, 1)}
 	var err error
 	if acceptor {
 		s.mux, err = yamux.Server(s.guard, cfg)
@@ -106,6 +115,9 @@ func (s *Session) Open(ctx context.Context, h Header) (*Stream, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if err := s.admit(ctx); err != nil {
+		return nil, fmt.Errorf("open %s: %w", h.Op, err)
+	}
 	type result struct {
 		s   *Stream
 		err error
@@ -113,9 +125,10 @@ func (s *Session) Open(ctx context.Context, h Header) (*Stream, error) {
 	open := func() result {
 		m, err := s.mux.OpenStream()
 		if err != nil {
+			s.live.Add(-1)
 			return result{nil, fmt.Errorf("open %s: %w", h.Op, closedErr(err))}
 		}
-		st := &Stream{mux: m}
+		st := &Stream{mux: m, opener: s}
 		if _, err := m.Write(b); err != nil {
 			st.Close()
 			return result{nil, fmt.Errorf("open %s: %w", h.Op, closedErr(err))}
@@ -138,6 +151,32 @@ func (s *Session) Open(ctx context.Context, h Header) (*Stream, error) {
 			}
 		}()
 		return nil, ctx.Err()
+	}
+}
+
+// admit waits until the peer has closed enough of what we did, and counts one stream more.
+func (s *Session) admit(ctx context.Context) error {
+	for s.lingering.Load() >= maxLingering {
+		select {
+		case <-s.less:
+		case <-s.Done():
+			return ErrClosed
+		case <-ctx.Done():
+			return fmt.Errorf("the box has not closed %d streams that are over: %w", maxLingering, ctx.Err())
+		}
+	}
+	s.oneLess() // for the next who waits
+	if s.live.Add(1) > maxStreams {
+		s.live.Add(-1)
+		return ErrTooManyStreams
+	}
+	return nil
+}
+
+func (s *Session) oneLess() {
+	select {
+	case s.less <- struct{}{}:
+	default:
 	}
 }
 
@@ -204,31 +243,58 @@ func closedErr(err error) error {
 // Stream is one flow-controlled, bidirectional byte stream of a session.
 type Stream struct {
 	mux     *yamux.Stream
-	release func()
+	opener  *Session // of a stream that we opened
+	release func()   // of one that the peer did
 	closing atomic.Bool
 }
 
-func (s *Stream) Read(p []byte) (int, error)  { return s.mux.Read(p) }
-func (s *Stream) Write(p []byte) (int, error) { return s.mux.Write(p) }
+func (s *Stream) Read(p []byte) (int, error) { return s.mux.Read(p) }
+
+func (s *Stream) Write(p []byte) (int, error) {
+	if s.closing.Load() {
+		return 0, yamux.ErrStreamClosed
+	}
+	return s.mux.Write(p)
+}
 
 // CloseWrite tells the peer that nothing more will come. Reading goes on.
 func (s *Stream) CloseWrite() error { return s.mux.Close() }
 
-// Close ends both directions. What the peer still sends is thrown away until it closes too, so that a peer in the middle of a
-// write is never stuck on us.
+// Close ends both directions, and waits for nothing: not for a peer that reads nothing either. What the peer still sends is thrown
+// away until it closes too, so that a peer in the middle of a write is never stuck on us.
 func (s *Stream) Close() error {
 	if s.closing.Swap(true) {
 		return nil
 	}
-	err := s.mux.Close()
-	s.mux.SetReadDeadline(time.Time{})
+	if s.opener != nil {
+		s.opener.lingering.Add(1)
+	}
+	s.mux.SetWriteDeadline(time.Unix(1, 0))
 	go func() {
-		io.Copy(io.Discard, s.mux)
+		_ = s.mux.Close() // only waits
+		s.mux.SetReadDeadline(time.Time{})
+		s.drain()
 		if s.release != nil {
 			s.release()
 		}
+		if s.opener != nil {
+			s.opener.live.Add(-1)
+			s.opener.lingering.Add(-1)
+			s.opener.oneLess()
+		}
 	}()
-	return err
+	return nil
+}
+
+// drain throws away what comes, and the memory that it came in.
+func (s *Stream) drain() {
+	buf := make([]byte, 4<<10)
+	for {
+		if _, err := s.mux.Read(buf); err != nil {
+			return
+		}
+		s.mux.Shrink()
+	}
 }
 
 // SetReadDeadline and SetWriteDeadline work as those of a net.Conn, also on a call that is already waiting.
