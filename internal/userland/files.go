@@ -144,7 +144,7 @@ func targets(o options) (srcs []string, dst func(src string) string, err error) 
 }
 
 func cp(c *call) error {
-	o, err := c.parse("r|R|recursive a|archive p d P|no-dereference L f|force n|no-clobber v|verbose T t|target-directory: i|interactive")
+	o, err := c.parse("r|R|recursive a|archive p d P|no-dereference L f|force n|no-clobber v|verbose T t|target-directory: i|interactive u|update")
 	if err != nil {
 		return err
 	}
@@ -152,7 +152,7 @@ func cp(c *call) error {
 	if err != nil {
 		return err
 	}
-	k := copier{keep: o.has("p") || o.has("a"), recursive: o.has("r") || o.has("a"), force: o.has("f"), keepOld: o.last("n", "i") == "n",
+	k := copier{keep: o.has("p") || o.has("a"), recursive: o.has("r") || o.has("a"), force: o.has("f"), keepOld: o.last("n", "i") == "n", update: o.has("u"),
 		links: o.has("a") || o.has("d") || o.has("P") || o.has("r") && !o.has("L")}
 	if o.last("n", "i") == "i" {
 		k.ask = c.ask
@@ -167,8 +167,8 @@ func cp(c *call) error {
 }
 
 type copier struct {
-	keep, recursive, force, keepOld, links bool
-	ask                                    func(format string, args ...any) bool // if set, before something is written over
+	keep, recursive, force, keepOld, links, update bool
+	ask                                            func(format string, args ...any) bool // if set, before something is written over
 }
 
 func (k copier) copy(src, dst string) error {
@@ -182,6 +182,9 @@ func (k copier) copy(src, dst string) error {
 	if old, err := os.Lstat(dst); err == nil {
 		if os.SameFile(fi, old) {
 			return fmt.Errorf("%s and %s are the same file", src, dst)
+		}
+		if !fi.IsDir() && k.update && !fi.ModTime().After(old.ModTime()) {
+			return nil
 		}
 		if !fi.IsDir() && (k.keepOld || k.ask != nil && !k.ask("overwrite '%s'", dst)) {
 			return nil

@@ -407,7 +407,52 @@ func parseTime(s string) (time.Time, error) {
 			return t, nil
 		}
 	}
+	if t, ok := relativeTime(time.Now(), s); ok {
+		return t, nil
+	}
 	return time.Time{}, errUsage("invalid date " + s)
+}
+
+// relativeTime reads times such as "yesterday", "2 days ago" and "+1 hour".
+func relativeTime(now time.Time, s string) (time.Time, bool) {
+	switch s {
+	case "today":
+		return now, true
+	case "yesterday":
+		return now.AddDate(0, 0, -1), true
+	case "tomorrow":
+		return now.AddDate(0, 0, 1), true
+	}
+	f := strings.Fields(s)
+	sign := 1
+	if len(f) == 3 && f[2] == "ago" {
+		sign, f = -1, f[:2]
+	}
+	if len(f) != 2 {
+		return now, false
+	}
+	n, err := strconv.Atoi(f[0])
+	if err != nil {
+		return now, false
+	}
+	n *= sign
+	switch strings.TrimSuffix(f[1], "s") {
+	case "sec", "second":
+		return now.Add(time.Duration(n) * time.Second), true
+	case "min", "minute":
+		return now.Add(time.Duration(n) * time.Minute), true
+	case "hour":
+		return now.Add(time.Duration(n) * time.Hour), true
+	case "day":
+		return now.AddDate(0, 0, n), true
+	case "week":
+		return now.AddDate(0, 0, 7*n), true
+	case "month":
+		return now.AddDate(0, n, 0), true
+	case "year":
+		return now.AddDate(n, 0, 0), true
+	}
+	return now, false
 }
 
 func date(c *call) error {
@@ -476,9 +521,26 @@ func strftime(t time.Time, f string) (string, error) {
 			continue
 		}
 		i++
+		if f[i] == '-' && i+1 < len(f) { // without what fills up
+			i++
+			v, err := strftime(t, "%"+f[i:i+1])
+			if err != nil {
+				return "", err
+			}
+			if v = strings.TrimLeft(v, "0 "); v == "" {
+				v = "0"
+			}
+			b.WriteString(v)
+			continue
+		}
 		switch f[i] {
 		case '%':
 			b.WriteByte('%')
+		case 'k':
+			fmt.Fprintf(&b, "%2d", t.Hour())
+		case 'V':
+			_, week := t.ISOWeek()
+			fmt.Fprintf(&b, "%02d", week)
 		case 'n':
 			b.WriteByte('\n')
 		case 't':

@@ -733,12 +733,15 @@ func yes(c *call) error {
 
 func seq(c *call) error {
 	sep, width, args := "\n", false, c.args
-	for len(args) > 0 && (args[0] == "-w" || args[0] == "-s") {
-		if args[0] == "-w" {
+	for len(args) > 0 && (args[0] == "-w" || strings.HasPrefix(args[0], "-s")) {
+		switch {
+		case args[0] == "-w":
 			width, args = true, args[1:]
-		} else if len(args) > 1 {
+		case args[0] != "-s":
+			sep, args = args[0][2:], args[1:]
+		case len(args) > 1:
 			sep, args = args[1], args[2:]
-		} else {
+		default:
 			return errUsage("option -s needs a value")
 		}
 	}

@@ -197,3 +197,15 @@ func TestOptions(t *testing.T) {
 		"gzip options":   {script: "echo hi >f; gzip -9 -k f; gzip -t f.gz && echo sound; zcat f.gz; gzip -t f || echo not", out: "sound\nhi\nnot\n"},
 	})
 }
+
+func TestEveryday(t *testing.T) {
+	runTests(t, map[string]commandTest{
+		"sed blocks":    {script: "seq 3 | sed -n '/2/{s/2/x/;p}'; seq 2 | sed '1{\np\nd\n}'; echo abc | sed 'y/ac/xz/'; sed '{p' </dev/null || echo refused; sed 'p}' </dev/null || echo refused", out: "x\n1\n2\nxbz\nrefused\nrefused\n"},
+		"seq separator": {script: "seq -s, 3; seq -s ' ' 2", out: "1,2,3\n1 2\n"},
+		"date":          {script: "date -u -d @0 '+%-d %-H %k %V'; a=$(date -d '1 day ago' +%s); b=$(date -d yesterday +%s); c=$(date +%s); [ $((c - a)) -ge 82800 ] && [ $((b - a)) -le 5 ] && echo ago", out: "1 0  0 01\nago\n"},
+		"cp -u":         {script: "echo 1 >a; echo 2 >b; touch -d @0 a; cp -u a b; cat b; cp -u b a; cat a", out: "2\n2\n"},
+		"find modes":    {script: ">a; >b; chmod 700 a; chmod 600 b; find . -type f -perm -u+x; find . -type f -executable; find . -perm 600", out: "./a\n./a\n./b\n"},
+		"printf %q":     {script: "printf '%q\\n' \"it's\"", out: "'it'\\''s'\n"},
+		"disown":        {script: ": & disown; wait; echo on", out: "on\n"},
+	})
+}
