@@ -31,6 +31,9 @@ func mkdir(c *call) error {
 		if err := make(name, 0o777); err != nil {
 			return err
 		}
+		if o.has("v") {
+			fmt.Fprintf(c.out, "created directory '%s'\n", name)
+		}
 		if m := o.val("m", ""); m != "" {
 			return changeMode(name, m)
 		}
@@ -57,32 +60,68 @@ func rmdir(c *call) error {
 }
 
 func rm(c *call) error {
-	o, err := c.parse("r|R|recursive f|force i v d|dir")
+	o, err := c.parse("r|R|recursive f|force i v|verbose d|dir")
 	if err != nil {
 		return err
 	}
 	if len(o.rest) == 0 && !o.has("f") {
 		return errUsage("missing operand")
 	}
+	r := remover{c: c, recursive: o.has("r"), dirs: o.has("d"), force: o.last("f", "i") == "f", ask: o.last("f", "i") == "i", verbose: o.has("v")}
 	return c.each(o.rest, func(name string) error {
 		if clean := filepath.Clean(name); o.has("r") && (clean == "/" || filepath.Base(name) == "." || filepath.Base(name) == "..") {
 			return fmt.Errorf("%s: refusing to remove it", name)
 		}
-		fi, err := os.Lstat(name)
+		return r.remove(name)
+	})
+}
+
+type remover struct {
+	c                                    *call
+	recursive, dirs, force, ask, verbose bool
+}
+
+func (r remover) remove(name string) error {
+	fi, err := os.Lstat(name)
+	if err != nil {
+		if r.force && errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	isDir := fi.IsDir()
+	switch {
+	case isDir && !r.recursive && !r.dirs:
+		return fmt.Errorf("%s: is a directory", name)
+	case isDir && r.recursive && !r.ask && !r.verbose:
+		return os.RemoveAll(name)
+	case isDir && r.recursive:
+		if r.ask && !r.c.ask("descend into directory '%s'", name) {
+			return nil
+		}
+		entries, err := os.ReadDir(name)
 		if err != nil {
-			if o.has("f") && errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
 			return err
 		}
-		if !fi.IsDir() || o.has("d") && !o.has("r") {
-			return os.Remove(name)
+		var names []string
+		for _, e := range entries {
+			names = append(names, filepath.Join(name, e.Name()))
 		}
-		if !o.has("r") {
-			return fmt.Errorf("%s: is a directory", name)
+		if err := r.c.each(names, r.remove); err != nil {
+			return err
 		}
-		return os.RemoveAll(name)
-	})
+		if left, err := os.ReadDir(name); r.ask && err == nil && len(left) > 0 {
+			return nil // by the answers
+		}
+	}
+	if r.ask && !r.c.ask("remove '%s'", name) {
+		return nil
+	}
+	err = os.Remove(name)
+	if err == nil && r.verbose {
+		fmt.Fprintf(r.c.out, "removed '%s'\n", name)
+	}
+	return err
 }
 
 // targets pairs each source of cp, mv or ln with where it goes.
@@ -105,7 +144,7 @@ func targets(o options) (srcs []string, dst func(src string) string, err error) 
 }
 
 func cp(c *call) error {
-	o, err := c.parse("r|R|recursive a|archive p d P|no-dereference L f|force n|no-clobber v|verbose T t: i")
+	o, err := c.parse("r|R|recursive a|archive p d P|no-dereference L f|force n|no-clobber v|verbose T t|target-directory: i|interactive u|update")
 	if err != nil {
 		return err
 	}
@@ -113,8 +152,11 @@ func cp(c *call) error {
 	if err != nil {
 		return err
 	}
-	k := copier{keep: o.has("p") || o.has("a"), recursive: o.has("r") || o.has("a"), force: o.has("f"), keepOld: o.has("n"),
+	k := copier{keep: o.has("p") || o.has("a"), recursive: o.has("r") || o.has("a"), force: o.has("f"), keepOld: o.last("n", "i") == "n", update: o.has("u"),
 		links: o.has("a") || o.has("d") || o.has("P") || o.has("r") && !o.has("L")}
+	if o.last("n", "i") == "i" {
+		k.ask = c.ask
+	}
 	return c.each(srcs, func(src string) error {
 		to := dst(src)
 		if o.has("v") {
@@ -124,7 +166,10 @@ func cp(c *call) error {
 	})
 }
 
-type copier struct{ keep, recursive, force, keepOld, links bool }
+type copier struct {
+	keep, recursive, force, keepOld, links, update bool
+	ask                                            func(format string, args ...any) bool // if set, before something is written over
+}
 
 func (k copier) copy(src, dst string) error {
 	fi, err := os.Lstat(src)
@@ -138,7 +183,10 @@ func (k copier) copy(src, dst string) error {
 		if os.SameFile(fi, old) {
 			return fmt.Errorf("%s and %s are the same file", src, dst)
 		}
-		if k.keepOld && !fi.IsDir() {
+		if !fi.IsDir() && k.update && !fi.ModTime().After(old.ModTime()) {
+			return nil
+		}
+		if !fi.IsDir() && (k.keepOld || k.ask != nil && !k.ask("overwrite '%s'", dst)) {
 			return nil
 		}
 	}
@@ -229,7 +277,7 @@ func (k copier) copyFile(src, dst string, fi fs.FileInfo) error {
 }
 
 func mv(c *call) error {
-	o, err := c.parse("f|force n|no-clobber v i T t:")
+	o, err := c.parse("f|force n|no-clobber v|verbose i|interactive T t|target-directory:")
 	if err != nil {
 		return err
 	}
@@ -239,10 +287,15 @@ func mv(c *call) error {
 	}
 	return c.each(srcs, func(src string) error {
 		to := dst(src)
-		if _, err := os.Lstat(to); err == nil && o.has("n") {
-			return nil
+		if _, err := os.Lstat(to); err == nil {
+			if how := o.last("f", "n", "i"); how == "n" || how == "i" && !c.ask("overwrite '%s'", to) {
+				return nil
+			}
 		}
 		err := os.Rename(src, to)
+		if err == nil && o.has("v") {
+			fmt.Fprintf(c.out, "renamed '%s' -> '%s'\n", src, to)
+		}
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
@@ -254,7 +307,7 @@ func mv(c *call) error {
 }
 
 func ln(c *call) error {
-	o, err := c.parse("s|symbolic f|force n T v t:")
+	o, err := c.parse("s|symbolic f|force n|no-dereference T v|verbose t:")
 	if err != nil {
 		return err
 	}
@@ -276,6 +329,9 @@ func ln(c *call) error {
 			if err := os.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
+		}
+		if o.has("v") {
+			fmt.Fprintf(c.out, "'%s' -> '%s'\n", to, src)
 		}
 		if o.has("s") {
 			return os.Symlink(src, to)
@@ -302,6 +358,18 @@ func touch(c *call) error {
 		}
 		when = fi.ModTime()
 	}
+	if v := o.val("t", ""); v != "" {
+		if when, err = parseStamp(v); err != nil {
+			return err
+		}
+	}
+	accessed, modified := when, when
+	switch {
+	case o.has("a") && !o.has("m"):
+		modified = time.Time{} // stays as it is
+	case o.has("m") && !o.has("a"):
+		accessed = time.Time{}
+	}
 	return c.each(o.rest, func(name string) error {
 		if !o.has("c") {
 			f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o666)
@@ -310,7 +378,7 @@ func touch(c *call) error {
 			}
 			f.Close()
 		}
-		err := os.Chtimes(name, when, when)
+		err := os.Chtimes(name, accessed, modified)
 		if o.has("c") && errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
@@ -318,19 +386,64 @@ func touch(c *call) error {
 	})
 }
 
+// parseStamp reads [[CC]YY]MMDDhhmm[.ss].
+func parseStamp(s string) (time.Time, error) {
+	layout := map[int]string{8: "01021504", 10: "0601021504", 12: "200601021504"}
+	digits, sec, hasSec := strings.Cut(s, ".")
+	form, text := layout[len(digits)], digits
+	if len(digits) == 8 {
+		form, text = layout[12], strconv.Itoa(time.Now().Year())+digits
+	}
+	if hasSec {
+		form, text = form+"05", text+sec
+	}
+	t, err := time.ParseInLocation(form, text, time.Local)
+	if form == "" || err != nil {
+		return time.Time{}, errUsage("invalid time " + s)
+	}
+	return t, nil
+}
+
 func truncate(c *call) error {
-	o, err := c.parse("s|size: c")
+	o, err := c.parse("s|size: c|no-create r|reference:")
 	if err != nil {
 		return err
 	}
-	size, err := parseSize(o.val("s", ""))
+	text := o.val("s", "")
+	relative := strings.TrimLeft(text, "+-")
+	size, err := parseSize(relative)
+	if r := o.val("r", ""); r != "" && text == "" {
+		var fi fs.FileInfo
+		if fi, err = os.Stat(r); err != nil {
+			return err
+		}
+		size = fi.Size()
+	}
 	if err != nil {
 		return errUsage("give a size with -s")
 	}
+	flags := os.O_WRONLY | os.O_CREATE
+	if o.has("c") {
+		flags = os.O_WRONLY
+	}
 	return c.each(o.rest, func(name string) error {
-		f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o666)
+		f, err := os.OpenFile(name, flags, 0o666)
 		if err != nil {
+			if o.has("c") && errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
 			return err
+		}
+		size := size
+		if relative != text {
+			fi, err := f.Stat()
+			if err != nil {
+				return errors.Join(err, f.Close())
+			}
+			if text[0] == '-' {
+				size = -size
+			}
+			size = max(0, fi.Size()+size)
 		}
 		return errors.Join(f.Truncate(size), f.Close())
 	})
@@ -465,8 +578,11 @@ func chmod(c *call) error {
 	// A mode such as -x looks like a flag.
 	deep := false
 	args := c.args
-	for len(args) > 0 && (args[0] == "-R" || args[0] == "-f" || args[0] == "-v" || args[0] == "--recursive") {
-		deep = deep || args[0] == "-R" || args[0] == "--recursive"
+	for len(args) > 0 && (args[0] == "-R" || args[0] == "-f" || args[0] == "-Rf" || args[0] == "-fR" || args[0] == "--recursive") {
+		if strings.Contains(args[0], "f") {
+			c.err = io.Discard
+		}
+		deep = deep || strings.Contains(args[0], "R") || args[0] == "--recursive"
 		args = args[1:]
 	}
 	if len(args) < 2 {
@@ -478,12 +594,15 @@ func chmod(c *call) error {
 }
 
 func chown(c *call) error {
-	o, err := c.parse("R|recursive h|no-dereference f v")
+	o, err := c.parse("R|recursive h|no-dereference f|silent|quiet")
 	if err != nil {
 		return err
 	}
 	if err := o.need(2); err != nil {
 		return err
+	}
+	if o.has("f") {
+		c.err = io.Discard
 	}
 	uid, gid := -1, -1
 	user, group, hasGroup := strings.Cut(o.rest[0], ":")
@@ -569,12 +688,15 @@ func mknod(c *call) error {
 }
 
 func mktemp(c *call) error {
-	o, err := c.parse("d|directory u p|tmpdir: t q")
+	o, err := c.parse("d|directory u|dry-run p: tmpdir? t q|quiet")
 	if err != nil {
 		return err
 	}
 	tmpl := "tmp.XXXXXXXXXX"
-	dir := o.val("p", "")
+	dir := o.val("p", o.val("tmpdir", ""))
+	if dir == "" && o.has("tmpdir") {
+		dir = os.TempDir()
+	}
 	if len(o.rest) > 0 {
 		tmpl = o.rest[0]
 	} else if dir == "" {
@@ -608,21 +730,28 @@ func mktemp(c *call) error {
 		}
 	}
 	if err != nil {
+		if o.has("q") {
+			return errExit(1)
+		}
 		return err
 	}
+	real := name
 	if dir == "" && !strings.Contains(tmpl, "/") {
 		name = filepath.Base(name)
 	}
 	fmt.Fprintln(c.out, name)
+	if o.has("u") {
+		return os.Remove(real)
+	}
 	return nil
 }
 
 func readlink(c *call) error {
-	o, err := c.parse("f|canonicalize e m n")
+	o, err := c.parse("f|canonicalize e n|no-newline")
 	if err != nil {
 		return err
 	}
-	if o.has("f") || o.has("e") || o.has("m") {
+	if o.has("f") || o.has("e") {
 		return c.real(o.rest, o.has("e"))
 	}
 	return c.each(o.rest, func(name string) error {
@@ -639,9 +768,12 @@ func readlink(c *call) error {
 }
 
 func realpath(c *call) error {
-	o, err := c.parse("e s m q")
+	o, err := c.parse("e q")
 	if err != nil {
 		return err
+	}
+	if o.has("q") {
+		c.err = io.Discard
 	}
 	return c.real(o.rest, o.has("e"))
 }
@@ -690,7 +822,7 @@ func basename(c *call) error {
 }
 
 func dirname(c *call) error {
-	o, err := c.parse("z")
+	o, err := c.parse("")
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // finder evaluates the expression of find, which is read anew for each file: it is short, and files are many only for a machine.
@@ -199,7 +201,7 @@ func (f *finder) primary(path string, fi fs.FileInfo, live bool) (bool, error) {
 		return true, nil
 	case "-false":
 		return false, nil
-	case "-print", "-print0", "-delete", "-prune", "-empty", "-quit":
+	case "-print", "-print0", "-delete", "-prune", "-empty", "-quit", "-executable":
 		f.acts = f.acts || name == "-print" || name == "-print0" || name == "-delete" || name == "-quit"
 		if !live {
 			return true, nil
@@ -246,6 +248,8 @@ func (f *finder) act(name, path string, fi fs.FileInfo) (bool, error) {
 		}
 	case "-prune":
 		f.prune = true
+	case "-executable":
+		return unix.Access(path, unix.X_OK) == nil, nil
 	case "-quit":
 		f.quit = true
 	case "-empty":
@@ -277,11 +281,11 @@ func (f *finder) test(name, v, path string, fi fs.FileInfo) (bool, error) {
 		u, err := lookupUser(v)
 		return err == nil && uint32(u.uid) == st.Uid, err
 	case "-perm":
-		n, err := strconv.ParseUint(strings.TrimLeft(v, "-/"), 8, 12)
+		n, err := newMode(strings.TrimLeft(v, "-/"), 0, false)
 		if err != nil {
-			return false, errUsage("invalid mode " + v)
+			return false, err
 		}
-		m := uint64(st.Mode & 0o7777)
+		m := st.Mode & 0o7777
 		return v[0] == '-' && m&n == n || v[0] == '/' && m&n != 0 || m == n, nil
 	}
 	sign, num := byte('='), v

@@ -41,7 +41,9 @@ const (
 )
 
 // ownNames are the builtins that the interpreter leaves out or does in part.
-func ownNames() []string { return []string{"jobs", "kill", "trap", "ulimit", "umask", "wait"} }
+func ownNames() []string {
+	return []string{"disown", "jobs", "kill", "trap", "ulimit", "umask", "wait"}
+}
 
 // parse reads a script and makes it one that the interpreter can run.
 func (s *shell) parse(r io.Reader, name string) (*syntax.File, error) {
@@ -591,3 +593,6 @@ func (s *shell) kill(ctx context.Context, args []string) error {
 	}
 	return exitStatus(code)
 }
+
+// disown has nothing to do: no job of this shell ends with it.
+func disown(context.Context, []string) error { return nil }

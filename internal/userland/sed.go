@@ -29,9 +29,11 @@ type sedCmd struct {
 	text           string // replacement, or the text of a, i and c
 	global, print_ bool
 	nth            int
+	block          []*sedCmd // what { holds
+	table          map[rune]rune
 }
 
-// sed knows the commands s, d, p, q, a, i, c and =.
+// sed knows the commands s, y, d, p, q, a, i, c, = and { }.
 func sed(c *call) error {
 	o, err := c.parse("n|quiet|silent e|expression: i|in-place? E|regexp-extended r f|file: s")
 	if err != nil {
@@ -53,6 +55,9 @@ func sed(c *call) error {
 	}
 	p := sedParser{s: strings.Join(scripts, "\n"), extended: o.has("E") || o.has("r")}
 	cmds, err := p.parse()
+	if err == nil && p.s != "" {
+		err = errUsage("unexpected }")
+	}
 	if err != nil {
 		return err
 	}
@@ -97,36 +102,52 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 			}
 		}
 		after, deleted := "", false
-		for _, cm := range cmds {
-			if !cm.selects(*n, last, text) {
-				continue
-			}
-			switch cm.name {
-			case 's':
-				var done bool
-				if text, done = cm.substitute(text); done && cm.print_ {
-					print(text)
+		var run func(cmds []*sedCmd) (on bool)
+		run = func(cmds []*sedCmd) bool {
+			for _, cm := range cmds {
+				if !cm.selects(*n, last, text) {
+					continue
 				}
-			case 'd':
-				deleted = true
-			case 'c':
-				fmt.Fprintln(w, cm.text)
-				deleted = true
-			case 'p':
-				print(text)
-			case 'q':
-				quit = true
-			case 'a':
-				after += cm.text + "\n"
-			case 'i':
-				fmt.Fprintln(w, cm.text)
-			case '=':
-				fmt.Fprintln(w, *n)
+				switch cm.name {
+				case '{':
+					if !run(cm.block) {
+						return false
+					}
+				case 'y':
+					text = strings.Map(func(r rune) rune {
+						if to, ok := cm.table[r]; ok {
+							return to
+						}
+						return r
+					}, text)
+				case 's':
+					var done bool
+					if text, done = cm.substitute(text); done && cm.print_ {
+						print(text)
+					}
+				case 'd':
+					deleted = true
+				case 'c':
+					fmt.Fprintln(w, cm.text)
+					deleted = true
+				case 'p':
+					print(text)
+				case 'q':
+					quit = true
+				case 'a':
+					after += cm.text + "\n"
+				case 'i':
+					fmt.Fprintln(w, cm.text)
+				case '=':
+					fmt.Fprintln(w, *n)
+				}
+				if deleted || quit {
+					return false
+				}
 			}
-			if deleted || quit {
-				break
-			}
+			return true
 		}
+		run(cmds)
 		if !deleted && !quiet {
 			print(text)
 		}
@@ -213,7 +234,7 @@ func (p *sedParser) parse() ([]*sedCmd, error) {
 	var cmds []*sedCmd
 	for {
 		p.s = strings.TrimLeft(p.s, " \t\n;")
-		if p.s == "" {
+		if p.s == "" || p.s[0] == '}' {
 			return cmds, nil
 		}
 		cm := &sedCmd{nth: 1}
@@ -239,6 +260,14 @@ func (p *sedParser) parse() ([]*sedCmd, error) {
 		case 's':
 			err = p.subst(cm)
 		case 'd', 'p', 'q', '=':
+		case '{':
+			if cm.block, err = p.parse(); err == nil && p.s == "" {
+				err = errUsage("missing }")
+			} else if err == nil {
+				p.s = p.s[1:]
+			}
+		case 'y':
+			err = p.translate(cm)
 		case 'a', 'i', 'c':
 			text, rest, _ := strings.Cut(strings.TrimLeft(strings.TrimPrefix(strings.TrimLeft(p.s, " "), "\\"), " \n"), "\n")
 			cm.text, p.s = text, rest
@@ -326,4 +355,29 @@ func (p *sedParser) subst(cm *sedCmd) error {
 	}
 	cm.re, err = pattern(re, p.extended, fold, false)
 	return err
+}
+
+func (p *sedParser) translate(cm *sedCmd) error {
+	if p.s == "" {
+		return errUsage("incomplete y command")
+	}
+	delim := p.s[0]
+	p.s = p.s[1:]
+	from, err := p.until(delim)
+	if err != nil {
+		return err
+	}
+	to, err := p.until(delim)
+	if err != nil {
+		return err
+	}
+	a, b := []rune(from), []rune(to)
+	if len(a) != len(b) {
+		return errUsage("y needs two texts of one length")
+	}
+	cm.table = map[rune]rune{}
+	for i := range a {
+		cm.table[a[i]] = b[i]
+	}
+	return nil
 }

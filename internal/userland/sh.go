@@ -509,7 +509,8 @@ func (s *shell) isFunction(name string) bool {
 	return s.funcs[name]
 }
 
-// beyondBuiltin tells whether a format asks for more than the interpreter's own printf has: precisions and floating-point numbers.
+// beyondBuiltin tells whether a format asks for more than the interpreter's own printf has: precisions, floating-point
+// numbers and quotes.
 func beyondBuiltin(format string) bool {
 	for {
 		_, rest, ok := strings.Cut(format, "%")
@@ -517,7 +518,7 @@ func beyondBuiltin(format string) bool {
 			return false
 		}
 		verb := strings.TrimLeft(rest, "-+ #0123456789")
-		if verb != "" && strings.ContainsRune(".*aAeEfFgG", rune(verb[0])) {
+		if verb != "" && strings.ContainsRune(".*aAeEfFgGq", rune(verb[0])) {
 			return true
 		}
 		format = strings.TrimPrefix(rest, "%")
@@ -548,7 +549,7 @@ func (s *shell) exported(env expand.Environ) []string {
 // builtins are what call gives another name for the interpreter not to take it.
 func (s *shell) builtins() map[string]func(context.Context, []string) error {
 	return map[string]func(context.Context, []string) error{
-		jobCall: s.background, subCall: s.subshell, ownCall + "jobs": s.listJobs, ownCall + "kill": s.kill, ownCall + "trap": s.trap,
+		ownCall + "disown": disown, jobCall: s.background, subCall: s.subshell, ownCall + "jobs": s.listJobs, ownCall + "kill": s.kill, ownCall + "trap": s.trap,
 		ownCall + "ulimit": s.ulimit, ownCall + "umask": s.umask, ownCall + "wait": s.wait,
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -60,7 +61,7 @@ func dmesg(c *call) error {
 }
 
 func hostname(c *call) error {
-	o, err := c.parse("s f i")
+	o, err := c.parse("s f")
 	if err != nil {
 		return err
 	}
@@ -166,7 +167,7 @@ func syncCmd(c *call) error {
 }
 
 func which(c *call) error {
-	o, err := c.parse("a s")
+	o, err := c.parse("a")
 	if err != nil {
 		return err
 	}
@@ -212,7 +213,7 @@ func mountFlags() map[string]struct {
 }
 
 func mount(c *call) error {
-	o, err := c.parse("t|types: o|options: r|read-only w v n bind rbind move make-private make-rprivate make-shared make-slave a")
+	o, err := c.parse("t|types: o|options: r|read-only w v n bind rbind move make-private make-rprivate make-shared make-slave")
 	if err != nil {
 		return err
 	}
@@ -262,7 +263,7 @@ func mount(c *call) error {
 }
 
 func umount(c *call) error {
-	o, err := c.parse("l|lazy f|force n r")
+	o, err := c.parse("l|lazy f|force n")
 	if err != nil {
 		return err
 	}
@@ -406,7 +407,52 @@ func parseTime(s string) (time.Time, error) {
 			return t, nil
 		}
 	}
+	if t, ok := relativeTime(time.Now(), s); ok {
+		return t, nil
+	}
 	return time.Time{}, errUsage("invalid date " + s)
+}
+
+// relativeTime reads times such as "yesterday", "2 days ago" and "+1 hour".
+func relativeTime(now time.Time, s string) (time.Time, bool) {
+	switch s {
+	case "today":
+		return now, true
+	case "yesterday":
+		return now.AddDate(0, 0, -1), true
+	case "tomorrow":
+		return now.AddDate(0, 0, 1), true
+	}
+	f := strings.Fields(s)
+	sign := 1
+	if len(f) == 3 && f[2] == "ago" {
+		sign, f = -1, f[:2]
+	}
+	if len(f) != 2 {
+		return now, false
+	}
+	n, err := strconv.Atoi(f[0])
+	if err != nil {
+		return now, false
+	}
+	n *= sign
+	switch strings.TrimSuffix(f[1], "s") {
+	case "sec", "second":
+		return now.Add(time.Duration(n) * time.Second), true
+	case "min", "minute":
+		return now.Add(time.Duration(n) * time.Minute), true
+	case "hour":
+		return now.Add(time.Duration(n) * time.Hour), true
+	case "day":
+		return now.AddDate(0, 0, n), true
+	case "week":
+		return now.AddDate(0, 0, 7*n), true
+	case "month":
+		return now.AddDate(0, n, 0), true
+	case "year":
+		return now.AddDate(n, 0, 0), true
+	}
+	return now, false
 }
 
 func date(c *call) error {
@@ -475,9 +521,26 @@ func strftime(t time.Time, f string) (string, error) {
 			continue
 		}
 		i++
+		if f[i] == '-' && i+1 < len(f) { // without what fills up
+			i++
+			v, err := strftime(t, "%"+f[i:i+1])
+			if err != nil {
+				return "", err
+			}
+			if v = strings.TrimLeft(v, "0 "); v == "" {
+				v = "0"
+			}
+			b.WriteString(v)
+			continue
+		}
 		switch f[i] {
 		case '%':
 			b.WriteByte('%')
+		case 'k':
+			fmt.Fprintf(&b, "%2d", t.Hour())
+		case 'V':
+			_, week := t.ISOWeek()
+			fmt.Fprintf(&b, "%02d", week)
 		case 'n':
 			b.WriteByte('\n')
 		case 't':
@@ -513,6 +576,30 @@ func dd(c *call) error {
 		p[k] = v
 	}
 	var n [4]int64
+	if p["ibs"] != p["obs"] {
+		return errUsage("ibs and obs that differ are not known; give bs")
+	}
+	if p["ibs"] != "" {
+		p["bs"] = p["ibs"]
+	}
+	flag := map[string]bool{}
+	for k, known := range map[string]string{"conv": "notrunc sync fsync fdatasync nocreat excl", "iflag": "fullblock count_bytes skip_bytes direct sync dsync nonblock noatime",
+		"oflag": "append seek_bytes direct sync dsync nonblock", "status": "none noxfer progress"} {
+		for f := range strings.SplitSeq(p[k], ",") {
+			if f != "" && !slices.Contains(strings.Fields(known), f) {
+				return errUsage("unknown " + k + "=" + f)
+			}
+			flag[k+" "+f] = true
+		}
+	}
+	open := func(k string) (mode int) {
+		for f, bit := range map[string]int{"append": os.O_APPEND, "direct": unix.O_DIRECT, "sync": unix.O_SYNC, "dsync": unix.O_DSYNC, "nonblock": unix.O_NONBLOCK, "noatime": unix.O_NOATIME} {
+			if flag[k+" "+f] {
+				mode |= bit
+			}
+		}
+		return mode
+	}
 	for i, k := range []string{"bs", "count", "skip", "seek"} {
 		if p[k] == "" {
 			n[i] = -1
@@ -528,47 +615,74 @@ func dd(c *call) error {
 	if bs < 1 || bs > 1<<30 {
 		return errUsage("invalid block size")
 	}
+	// From here on these are bytes.
+	if !flag["iflag skip_bytes"] {
+		skip *= bs
+	}
+	if !flag["oflag seek_bytes"] {
+		seek *= bs
+	}
+	if count >= 0 && !flag["iflag count_bytes"] {
+		count *= bs
+	}
 	in, out := os.Stdin, os.Stdout
 	var err error
 	if p["if"] != "" {
-		if in, err = os.Open(p["if"]); err != nil {
+		if in, err = os.OpenFile(p["if"], os.O_RDONLY|open("iflag"), 0); err != nil {
 			return err
 		}
 		defer in.Close()
 	}
 	if p["of"] != "" {
-		mode := os.O_WRONLY | os.O_CREATE
+		mode := os.O_WRONLY | os.O_CREATE | open("oflag")
+		if flag["conv nocreat"] {
+			mode &^= os.O_CREATE
+		}
+		if flag["conv excl"] {
+			mode |= os.O_EXCL
+		}
 		if out, err = os.OpenFile(p["of"], mode, 0o666); err != nil {
 			return err
 		}
 		defer out.Close()
-		if st, err := out.Stat(); err == nil && st.Mode().IsRegular() && !strings.Contains(p["conv"], "notrunc") {
-			if err := out.Truncate(seek * bs); err != nil {
+		if st, err := out.Stat(); err == nil && st.Mode().IsRegular() && !flag["conv notrunc"] {
+			if err := out.Truncate(seek); err != nil {
 				return err
 			}
 		}
 	}
 	if skip > 0 {
-		if _, err := in.Seek(skip*bs, io.SeekCurrent); err != nil {
-			if _, err := io.CopyN(io.Discard, in, skip*bs); err != nil && !errors.Is(err, io.EOF) {
+		if _, err := in.Seek(skip, io.SeekCurrent); err != nil {
+			if _, err := io.CopyN(io.Discard, in, skip); err != nil && !errors.Is(err, io.EOF) {
 				return err
 			}
 		}
 	}
 	if seek > 0 {
-		if _, err := out.Seek(seek*bs, io.SeekStart); err != nil {
+		if _, err := out.Seek(seek, io.SeekStart); err != nil {
 			return err
 		}
 	}
 	buf := make([]byte, bs)
 	var full, part, total int64
 	start := time.Now()
-	for count < 0 || full+part < count {
+	for left := count; count < 0 || left > 0; {
+		block := buf
+		if flag["iflag count_bytes"] && left < bs {
+			block = buf[:max(left, 0)]
+			if count < 0 {
+				block = buf
+			}
+		}
 		var k int
-		if strings.Contains(p["iflag"], "fullblock") {
-			k, err = io.ReadFull(in, buf)
+		if flag["iflag fullblock"] {
+			k, err = io.ReadFull(in, block)
 		} else {
-			k, err = in.Read(buf)
+			k, err = in.Read(block)
+		}
+		// A short block is one of count, too, unless bytes are counted.
+		if left -= bs; flag["iflag count_bytes"] {
+			left += bs - int64(k)
 		}
 		if k > 0 {
 			if int64(k) == bs {
@@ -577,7 +691,7 @@ func dd(c *call) error {
 				part++
 			}
 			block := buf[:k]
-			if strings.Contains(p["conv"], "sync") && !strings.Contains(p["conv"], "fsync") && int64(k) < bs {
+			if flag["conv sync"] && int64(k) < bs {
 				clear(buf[k:])
 				block = buf
 			}
@@ -593,7 +707,7 @@ func dd(c *call) error {
 			return err
 		}
 	}
-	if strings.Contains(p["conv"], "fsync") || strings.Contains(p["conv"], "fdatasync") {
+	if flag["conv fsync"] || flag["conv fdatasync"] {
 		if err := out.Sync(); err != nil {
 			return err
 		}

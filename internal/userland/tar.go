@@ -10,6 +10,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -21,13 +23,20 @@ func tarCmd(c *call) error {
 	if len(c.args) > 0 && c.args[0] != "" && c.args[0][0] != '-' {
 		c.args[0] = "-" + c.args[0]
 	}
-	o, err := c.parse("c|create x|extract t|list f|file: C|directory: z|gzip v|verbose p|same-permissions numeric-owner O|to-stdout k same-owner no-same-owner " +
-		"exclude: h|dereference strip-components: P m a T|files-from: xattrs acls")
+	o, err := c.parse("c|create x|extract t|list f|file: C|directory: z|gzip v|verbose p|same-permissions numeric-owner O|to-stdout k|keep-old-files same-owner no-same-owner " +
+		"exclude: strip-components: m|touch a|auto-compress T|files-from:")
 	if err != nil {
 		return err
 	}
 	if n := len(o.vals["c"]) + len(o.vals["x"]) + len(o.vals["t"]); n != 1 {
 		return errUsage("give one of -c, -x and -t")
+	}
+	for _, list := range o.vals["T"] {
+		names, err := c.allLines([]string{list})
+		if err != nil {
+			return err
+		}
+		o.rest = append(o.rest, names...)
 	}
 	if o.has("c") {
 		return tarCreate(c, o)
@@ -67,13 +76,11 @@ func tarCreate(c *call, o options) (err error) {
 			if err != nil {
 				return err
 			}
-			for _, x := range o.vals["exclude"] {
-				if ok, _ := filepath.Match(x, p); ok || x == p || x == filepath.Base(p) {
-					if d.IsDir() {
-						return fs.SkipDir
-					}
-					return nil
+			if excluded(o, p) {
+				if d.IsDir() {
+					return fs.SkipDir
 				}
+				return nil
 			}
 			fi, err := os.Lstat(p)
 			if err != nil || fi.Mode()&fs.ModeSocket != 0 {
@@ -128,6 +135,15 @@ func tarCreate(c *call, o options) (err error) {
 	return errors.Join(failed, w.Close())
 }
 
+// excluded tells whether a pattern of --exclude matches a path or its last part.
+func excluded(o options, p string) bool {
+	return slices.ContainsFunc(o.vals["exclude"], func(x string) bool {
+		whole, _ := filepath.Match(x, p)
+		base, _ := filepath.Match(x, filepath.Base(p))
+		return whole || base || x == p
+	})
+}
+
 func tarRead(c *call, o options) error {
 	in := c.in
 	if name := o.val("f", "-"); name != "-" {
@@ -162,12 +178,17 @@ func tarRead(c *call, o options) error {
 		}
 		defer root.Close()
 	}
-	x := extractor{root: root, owner: os.Geteuid() == 0 && !o.has("no-same-owner")}
+	x := extractor{root: root, owner: os.Geteuid() == 0 && !o.has("no-same-owner"), keepOld: o.has("k"), noTimes: o.has("m")}
+	var failed error
+	var skip []string // what is below an excluded directory is excluded too
 	r := tar.NewReader(in)
 	for {
 		hdr, err := r.Next()
 		if errors.Is(err, io.EOF) {
-			return x.finish()
+			if err := x.finish(); err != nil {
+				return err
+			}
+			return failed
 		}
 		if err != nil {
 			return err
@@ -185,6 +206,10 @@ func tarRead(c *call, o options) error {
 			if !wanted {
 				continue
 			}
+		}
+		if excluded(o, name) || slices.ContainsFunc(skip, func(dir string) bool { return strings.HasPrefix(name, dir) }) {
+			skip = append(skip, name+"/")
+			continue
 		}
 		if strip > 0 {
 			parts := strings.Split(name, "/")
@@ -206,7 +231,10 @@ func tarRead(c *call, o options) error {
 				return err
 			}
 		default:
-			if err := x.extract(hdr, name, r); err != nil {
+			if err := x.extract(hdr, name, r); x.keepOld && errors.Is(err, fs.ErrExist) {
+				c.warn(fmt.Errorf("%s: file exists", hdr.Name))
+				failed = errExit(2)
+			} else if err != nil {
 				return fmt.Errorf("%s: %w", hdr.Name, err)
 			}
 		}
@@ -223,7 +251,10 @@ func unixType(h *tar.Header) uint32 {
 type extractor struct {
 	root  *os.Root
 	owner bool
-	dirs  []*tar.Header // times are set when nothing more is written into them
+
+	keepOld, noTimes bool
+
+	dirs []*tar.Header // times are set when nothing more is written into them
 }
 
 func (x *extractor) extract(hdr *tar.Header, name string, r io.Reader) error {
@@ -233,6 +264,9 @@ func (x *extractor) extract(hdr *tar.Header, name string, r io.Reader) error {
 		}
 	}
 	if fi, err := x.root.Lstat(name); err == nil && !(fi.IsDir() && hdr.Typeflag == tar.TypeDir) {
+		if x.keepOld {
+			return fs.ErrExist
+		}
 		if err := x.root.Remove(name); err != nil {
 			return err
 		}
@@ -288,7 +322,11 @@ func (x *extractor) attrs(hdr *tar.Header, name string) error {
 	if hdr.Typeflag == tar.TypeSymlink {
 		return nil
 	}
-	return errors.Join(x.root.Chmod(name, hdr.FileInfo().Mode()&(fs.ModePerm|fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky)), x.root.Chtimes(name, time.Now(), hdr.ModTime))
+	err := x.root.Chmod(name, hdr.FileInfo().Mode()&(fs.ModePerm|fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky))
+	if x.noTimes {
+		return err
+	}
+	return errors.Join(err, x.root.Chtimes(name, time.Now(), hdr.ModTime))
 }
 
 func (x *extractor) finish() error {
@@ -301,11 +339,15 @@ func (x *extractor) finish() error {
 }
 
 func gzipCmd(c *call) error {
-	o, err := c.parse("d|decompress c|stdout k|keep f|force 1 2 3 4 5 6 7 8 9 q n")
+	o, err := c.parse("d|decompress c|stdout k|keep f|force 1|fast 2 3 4 5 6 7 8 9|best t|test")
 	if err != nil {
 		return err
 	}
-	unpack := o.has("d") || c.name != "gzip"
+	unpack := o.has("d") || o.has("t") || c.name != "gzip"
+	level := gzip.DefaultCompression
+	if n, err := strconv.Atoi(o.last("1", "2", "3", "4", "5", "6", "7", "8", "9")); err == nil {
+		level = n
+	}
 	run := func(w io.Writer, r io.Reader) error {
 		if unpack {
 			z, err := gzip.NewReader(r)
@@ -314,9 +356,15 @@ func gzipCmd(c *call) error {
 			}
 			return err
 		}
-		z := gzip.NewWriter(w)
-		_, err := io.Copy(z, r)
+		z, err := gzip.NewWriterLevel(w, level)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(z, r)
 		return errors.Join(err, z.Close())
+	}
+	if o.has("t") {
+		return c.inputs(o.rest, func(_ string, r io.Reader) error { return run(io.Discard, r) })
 	}
 	if len(o.rest) == 0 || o.has("c") || c.name == "zcat" {
 		return c.inputs(o.rest, func(_ string, r io.Reader) error { return run(c.out, r) })
@@ -338,7 +386,11 @@ func gzipCmd(c *call) error {
 		if o.has("f") {
 			mode = os.O_TRUNC
 		}
-		out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|mode, 0o644)
+		fi, err := in.Stat()
+		if err != nil {
+			return err
+		}
+		out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|mode, fi.Mode().Perm())
 		if err != nil {
 			return err
 		}

@@ -184,5 +184,28 @@ func TestOptions(t *testing.T) {
 			out: "got\n5\n"},
 		"xargs by lines": {script: "printf 'a b\\nc\\n' | xargs -L1 sh -c 'echo $# $1' x; printf 'a\\nb\\nc\\n' | xargs -L2 echo; printf 'a\\0\\0b\\0' | xargs -0 sh -c 'echo $#' x; seq 4 | xargs -P2 -n1 echo | sort", out: "2 a\n1 c\na b\nc\n3\n1\n2\n3\n4\n"},
 		"grep files":     {script: "echo b >p; printf 'a\\nb\\n' >x.go; echo b >x.c; mkdir s; echo b >s/y.go; grep -f p x.go; grep -rl --include='*.go' --exclude-dir=s b .; grep -s b nosuch; echo $?", out: "b\n./x.go\n2\n"},
+		"rm -i":          {script: ">a; >b; printf 'n\ny\n' | rm -i a b 2>/dev/null; ls; mkdir -p d/e; >d/f; yes | rm -ri d 2>/dev/null; ls; rm -i a </dev/null 2>/dev/null; ls; rm -if a; ls; mkdir d; >d/f; rm -rv d", out: "a\na\na\nremoved 'd/f'\nremoved 'd'\n"},
+		"mv -i":          {script: "echo 1 >a; echo 2 >b; echo n | mv -i a b 2>/dev/null; cat b; echo y | mv -i a b 2>/dev/null; cat b; echo 3 >c; mv -if c b; cat b; >e; mv -fi b e </dev/null 2>/dev/null; cat b", out: "2\n1\n3\n3\n"},
+		"cp -i":          {script: "echo 1 >a; echo 2 >b; echo n | cp -i a b 2>/dev/null; cat b; echo y | cp -i a b 2>/dev/null; cat b; mkdir d e; echo 1 >d/f; echo 2 >e/f; cp -ri d/f e </dev/null 2>/dev/null; cat e/f; cp -i a new", out: "2\n1\n2\n"},
+		"tar options":    {script: "mkdir d d/x o; echo 1 >d/f; >d/x/y; tar cf t d; mkdir o/d; echo 2 >o/d/f; tar xkf t -C o 2>/dev/null; echo $?; cat o/d/f; ls o/d; rm -r o/d; tar xf t -C o --exclude=x; ls o/d; echo d/f | tar cf u -T -; tar tf u; tar chf u d 2>/dev/null || echo refused; touch -d @0 d/f; tar cf t d; tar xmf t -C o; [ $(stat -c %Y o/d/f) -gt 0 ] && echo now", out: "2\n2\nf\nx\nf\nd/f\nrefused\nnow\n"},
+		"touch -t":       {script: "touch -t 202001021504.05 f; stat -c %Y f; touch -t 7001010000 g; stat -c %Y g; touch -a -d @9 f; stat -c '%X %Y' f; touch -m -d @8 f; stat -c '%X %Y' f; touch -t 99 f || echo refused", out: "1577977445\n0\n9 1577977445\n9 8\nrefused\n"},
+		"truncate":       {script: "truncate -s 4 f; truncate -s +2 f; stat -c %s f; truncate -s -5 f; stat -c %s f; truncate -c -s 1 none; ls", out: "6\n1\nf\n"},
+		"dd flags":       {script: "printf abcdefgh >f; dd if=f bs=3 skip=1 iflag=skip_bytes,count_bytes count=5 status=none; echo; echo x >g; dd if=f of=g oflag=append conv=notrunc status=none; cat g; echo; dd if=f of=h bs=4 seek=1 oflag=seek_bytes count=1 status=none; stat -c %s h; dd if=f oflag=nosuch || echo refused; dd if=f conv=ucase || echo refused; dd if=f ibs=1 obs=2 || echo refused", out: "bcdef\nx\nabcdefgh\n5\nrefused\nrefused\nrefused\n"},
+		"sort keys":      {script: "printf 'b 2 x\na 10 x\na 2 y\n' >f; sort -k3,3 -k2,2n f; sort -k2,2nr -k1,1 f; sort -t' ' -k1.1,1.1 -k2,2rn f; printf '10K\n9\n' | sort -n; printf '1K\n900\n' | sort -h; printf '1.10\n1.9\n1.2\n' | sort -V; sort -c f 2>/dev/null || echo disorder; sort -k0 f || echo refused", out: "b 2 x\na 10 x\na 2 y\na 10 x\na 2 y\nb 2 x\na 10 x\na 2 y\nb 2 x\n9\n10K\n900\n1K\n1.2\n1.9\n1.10\ndisorder\nrefused\n"},
+		"mktemp":         {script: "[ -e $(mktemp -u) ] || echo none; [ -d $(mktemp -d -u -p .) ] || echo none; ls", out: "none\nnone\n"},
+		"refused":        {script: "for c in 'stat -f .' 'df -i' 'base64 -i' 'realpath -s .' 'readlink -m .' 'hostname -i' 'mount -a' 'which -s sh' 'dirname -z a'; do $c >/dev/null 2>&1; echo $?; done | sort -u", out: "2\n"},
+		"gzip options":   {script: "echo hi >f; gzip -9 -k f; gzip -t f.gz && echo sound; zcat f.gz; gzip -t f || echo not", out: "sound\nhi\nnot\n"},
+	})
+}
+
+func TestEveryday(t *testing.T) {
+	runTests(t, map[string]commandTest{
+		"sed blocks":    {script: "seq 3 | sed -n '/2/{s/2/x/;p}'; seq 2 | sed '1{\np\nd\n}'; echo abc | sed 'y/ac/xz/'; sed '{p' </dev/null || echo refused; sed 'p}' </dev/null || echo refused", out: "x\n1\n2\nxbz\nrefused\nrefused\n"},
+		"seq separator": {script: "seq -s, 3; seq -s ' ' 2", out: "1,2,3\n1 2\n"},
+		"date":          {script: "date -u -d @0 '+%-d %-H %k %V'; a=$(date -d '1 day ago' +%s); b=$(date -d yesterday +%s); c=$(date +%s); [ $((c - a)) -ge 82800 ] && [ $((b - a)) -le 5 ] && echo ago", out: "1 0  0 01\nago\n"},
+		"cp -u":         {script: "echo 1 >a; echo 2 >b; touch -d @0 a; cp -u a b; cat b; cp -u b a; cat a", out: "2\n2\n"},
+		"find modes":    {script: ">a; >b; chmod 700 a; chmod 600 b; find . -type f -perm -u+x; find . -type f -executable; find . -perm 600", out: "./a\n./a\n./b\n"},
+		"printf %q":     {script: "printf '%q\\n' \"it's\"", out: "'it'\\''s'\n"},
+		"disown":        {script: ": & disown; wait; echo on", out: "on\n"},
 	})
 }
