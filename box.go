@@ -317,7 +317,6 @@ type StopOption func(*stopOptions)
 
 type stopOptions struct {
 	timeout *time.Duration
-	signal  int
 }
 
 // WithTimeout waits at most d for an orderly end before it kills.
@@ -362,7 +361,7 @@ func (b *Box) stop(ctx context.Context, rec *state.Box, opts ...StopOption) erro
 		return err
 	}
 	if alive {
-		b.askToStop(ctx, rec, shim.StopRequest{Signal: o.signal, Timeout: int64(timeout)}, timeout)
+		b.askToStop(ctx, rec, shim.StopRequest{Timeout: int64(timeout)}, timeout)
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()

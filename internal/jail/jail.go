@@ -122,7 +122,6 @@ type Jail struct {
 	cmd     *exec.Cmd
 	control *os.File
 	order   order
-	pidfd   int
 
 	done   chan struct{}
 	exit   int
@@ -134,9 +133,6 @@ type Jail struct {
 
 // PID is the first process in the spawner's pid namespace.
 func (j *Jail) PID() int { return j.cmd.Process.Pid }
-
-// PIDFD is a descriptor of the first process, owned by the jail; -1 where the kernel gives none.
-func (j *Jail) PIDFD() int { return j.pidfd }
 
 // Release opens the gate and returns when the program runs confined. After an error the jail is gone.
 func (j *Jail) Release(ctx context.Context) ([]Layer, error) {
@@ -192,9 +188,6 @@ func (j *Jail) watch() {
 		}
 	}
 	j.control.Close()
-	if j.pidfd >= 0 {
-		unix.Close(j.pidfd)
-	}
 }
 
 // Kill ends the first process and with it the whole jail. It does not wait.
@@ -205,9 +198,6 @@ func (j *Jail) Abandon() {
 	j.Kill()
 	_ = j.cmd.Wait()
 	j.control.Close()
-	if j.pidfd >= 0 {
-		unix.Close(j.pidfd)
-	}
 }
 
 // Done is closed when the first process, and so everything in the jail, has ended and been reaped.

@@ -76,12 +76,10 @@ func Spawn(cfg Config) (*Jail, error) {
 		add(wide)
 	}
 
-	pidfd := -1
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:                 o.cloneFlags(),
 		Setsid:                     true,
 		Pdeathsig:                  dieWithParent,
-		PidFD:                      &pidfd,
 		GidMappingsEnableSetgroups: false,
 	}
 	if cfg.Cgroup != nil {
@@ -118,13 +116,10 @@ func Spawn(cfg Config) (*Jail, error) {
 		// for good. A process that is moved there later is left alone.
 		_ = cmd.Wait()
 		parent.Close()
-		if pidfd >= 0 {
-			unix.Close(pidfd)
-		}
 		cfg.Cgroup = nil
 		return Spawn(cfg)
 	}
-	return &Jail{cmd: cmd, control: parent, order: o, pidfd: pidfd, done: make(chan struct{}), ready: make(chan struct{})}, nil
+	return &Jail{cmd: cmd, control: parent, order: o, done: make(chan struct{}), ready: make(chan struct{})}, nil
 }
 
 // unborn tells whether a child that was started without an error had died before its program ran: it has no memory any more.

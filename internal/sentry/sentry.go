@@ -5,13 +5,11 @@ package sentry
 
 import (
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"math"
 	"os"
-	"runtime"
 	"runtime/debug"
 	"strconv"
 	"time"
@@ -312,6 +310,3 @@ func hostMemory() uint64 {
 	}
 	return uint64(si.Totalram) * uint64(si.Unit)
 }
-
-// ErrArch is returned where gVisor has no port.
-var ErrArch = errors.New("gVisor has no port to " + runtime.GOARCH)
