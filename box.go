@@ -292,9 +292,7 @@ func (r *Runtime) makeFiles(b *state.Box) error {
 		v := &b.Spec.Volumes[i]
 		if v.Anonymous {
 			v.Source = filepath.Join(r.home.Volumes(b.ID), strconv.Itoa(i))
-			if err := os.MkdirAll(v.Source, 0o755); err != nil {
-				return err
-			}
+			dirs = append(dirs, v.Source)
 		}
 	}
 	for _, d := range dirs {
@@ -302,7 +300,7 @@ func (r *Runtime) makeFiles(b *state.Box) error {
 			return err
 		}
 		if os.Geteuid() == 0 {
-			// Root's jails run as an unprivileged id of their own, which owns the layer's files.
+			// Root's jails run as an unprivileged id of their own, which owns the files of the layer and of anonymous volumes.
 			id := int(jail.HostIDFor(b.ID))
 			if err := os.Chown(d, id, id); err != nil {
 				return err

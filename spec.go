@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"math"
 	"os"
 	"path"
@@ -46,7 +47,7 @@ type Spec struct {
 	Rlimits    []Rlimit
 	ReadOnly   bool // the root file system cannot be written to
 	Tmpfs      []Tmpfs
-	Volumes    []Volume
+	Volumes    []Volume // besides those that the image asks for
 
 	StopSignal  string         // name or number; empty: the image's, else SIGTERM
 	StopTimeout *time.Duration // nil: 10 s
@@ -67,7 +68,7 @@ type Restart = spec.Restart
 
 // Volume shows a file or directory of the host in the box.
 type Volume struct {
-	Source   string // empty: an anonymous volume, removed with the box if asked for
+	Source   string // empty: an anonymous volume, which begins with what the image has there and is removed with the box if asked for
 	Target   string // absolute
 	ReadOnly bool
 }
@@ -204,6 +205,9 @@ func (r *Runtime) resolve(ctx context.Context, s Spec, img image.Image, id strin
 	if b.Volumes, err = volumes(s.Volumes); err != nil {
 		return nil, err
 	}
+	if b.Volumes, err = imageVolumes(b, conf.Volumes); err != nil {
+		return nil, err
+	}
 	if !s.BestEffort {
 		host, err := cgroup.Detect(ctx)
 		if err != nil {
@@ -323,6 +327,35 @@ func volumes(in []Volume) ([]spec.Volume, error) {
 			}
 		}
 		out = append(out, o)
+	}
+	return out, nil
+}
+
+// maxImageVolumes bounds what an image may ask for: each volume is a mount of its own.
+const maxImageVolumes = 64
+
+// imageVolumes adds an anonymous volume at each place where the image wants one and the user wants nothing else.
+func imageVolumes(b *spec.Box, wanted map[string]struct{}) ([]spec.Volume, error) {
+	out := b.Volumes
+	covered := map[string]bool{}
+	for _, v := range b.Volumes {
+		covered[v.Target] = true
+	}
+	for _, t := range b.Tmpfs {
+		covered[path.Clean(t.Target)] = true
+	}
+	if len(wanted) > maxImageVolumes {
+		return nil, invalid("image %s wants %d volumes, at most %d can be had", b.Image, len(wanted), maxImageVolumes)
+	}
+	for _, p := range slices.Sorted(maps.Keys(wanted)) {
+		target := path.Clean("/" + p)
+		if err := checkTarget(target); err != nil {
+			return nil, fmt.Errorf("image %s: %w", b.Image, err)
+		}
+		if !covered[target] {
+			covered[target] = true
+			out = append(out, spec.Volume{Target: target, Anonymous: true})
+		}
 	}
 	return out, nil
 }

@@ -44,7 +44,7 @@ func (b *boxRoot) Enter(s wire.Setup) ([]string, error) {
 	if err := b.overlay(s.Lower, s.State); err != nil {
 		return nil, err
 	}
-	for _, f := range []func(wire.Setup) error{b.prepare, b.seal, b.system, b.tmpfs, b.volumes} {
+	for _, f := range []func(wire.Setup) error{b.prepare, b.fill, b.seal, b.system, b.tmpfs, b.volumes} {
 		if err := f(s); err != nil {
 			return nil, err
 		}
@@ -75,9 +75,7 @@ func (b *boxRoot) mountOverlay(lower, state string, flags uintptr) error {
 	if lower == "" {
 		lower = "/lower"
 	}
-	if state == "" {
-		state = "/state"
-	}
+	state = stateDir(state)
 	upper, work := filepath.Join(state, "upper"), filepath.Join(state, "work")
 	for _, d := range []string{upper, work} {
 		if err := os.Mkdir(d, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
@@ -89,6 +87,13 @@ func (b *boxRoot) mountOverlay(lower, state string, flags uintptr) error {
 		return fmt.Errorf("mount the box's root (%s): %w", opts, err)
 	}
 	return nil
+}
+
+func stateDir(given string) string {
+	if given == "" {
+		return "/state"
+	}
+	return given
 }
 
 // prepare writes what must be in the root before it may become read-only: files and places to mount on.

@@ -75,6 +75,11 @@ func writeTar(w io.Writer, req wire.PathRequest) error {
 	if _, err := os.Lstat(root); err != nil {
 		return fileError(err)
 	}
+	return fileError(writeTree(w, root, base))
+}
+
+// writeTree archives what is at root under the name base.
+func writeTree(w io.Writer, root, base string) error {
 	t := &tarWriter{tw: tar.NewWriter(w), links: make(map[[2]uint64]string)}
 	err := filepath.WalkDir(root, func(p string, _ fs.DirEntry, err error) error {
 		if err == nil {
@@ -90,7 +95,7 @@ func writeTar(w io.Writer, req wire.PathRequest) error {
 		return err
 	})
 	if err != nil {
-		return fileError(err)
+		return err
 	}
 	return t.tw.Close()
 }

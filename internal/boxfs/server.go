@@ -1,8 +1,8 @@
 // Package boxfs serves files of the host to a sandbox over gVisor's LISAFS protocol, from inside the jail. It knows two kinds of
-// trees. A box's own layer keeps every owner, mode, device number and link target that the guest gives, without any right on
-// the host: each guest object is a plain file or directory of the serving user's, and what the guest sees of it stands in an
-// extended attribute. On the host there is then never a setuid file, a device, a foreign owner or a symbolic link of a guest's
-// making. A volume is passed through as it is. Symbolic links are never followed here, in either tree.
+// trees. A box's own layer, and an anonymous volume, keep every owner, mode, device number and link target that the guest gives,
+// without any right on the host: each guest object is a plain file or directory of the serving user's, and what the guest sees of
+// it stands in an extended attribute. On the host there is then never a setuid file, a device, a foreign owner or a symbolic link
+// of a guest's making. A volume of the host's is passed through as it is. Symbolic links are never followed here, in either tree.
 package boxfs
 
 import (

@@ -38,7 +38,7 @@ func (o *boxFlags) add(f *pflag.FlagSet) {
 	f.StringArrayVarP(&o.labels, "label", "l", nil, "set a label (key=value)")
 	f.StringArrayVar(&o.ulimits, "ulimit", nil, "set a resource limit (name=soft[:hard])")
 	f.StringArrayVar(&o.tmpfs, "tmpfs", nil, "mount a file system in memory (path[:size=64m,mode=1777,exec,suid,dev,ro])")
-	f.StringArrayVarP(&o.volumes, "volume", "v", nil, "show a file or directory of the host (host:box[:ro]), or make an anonymous volume (box)")
+	f.StringArrayVarP(&o.volumes, "volume", "v", nil, "show a file or directory of the host (host:box[:ro]), or make an anonymous volume that begins with what the image has there (box)")
 	f.StringVar(&o.name, "name", "", "name of the box")
 	f.StringVarP(&o.dir, "workdir", "w", "", "working directory in the box")
 	f.StringVarP(&o.user, "user", "u", "", "user in the box (name|uid[:group|gid])")

@@ -194,10 +194,10 @@ func unquote(s string) (string, error) {
 		}
 		token := s[:n]
 		s = s[n:]
-		switch {
-		case token[0] == '\'':
+		switch token[0] {
+		case '\'':
 			out.WriteString(token[1 : n-1])
-		case token[0] == '"':
+		case '"':
 			for t := token[1 : n-1]; t != ""; {
 				if len(t) > 1 && t[0] == '\\' && strings.IndexByte(`"$\`, t[1]) >= 0 {
 					t = t[1:]

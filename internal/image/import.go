@@ -124,8 +124,11 @@ func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.R
 	if err != nil {
 		return Image{}, err
 	}
-	if e, err := idx.find(name.String()); err == nil && e.Source == digest && exists(s.rootfsPath(e.Rootfs)) && exists(s.extraPath(e.Rootfs)) {
-		return s.image(e)
+	if e, err := idx.find(name.String()); err == nil && e.Source == digest {
+		if img, err := s.image(e); err == nil {
+			return img, nil
+		}
+		// It is damaged, and made anew.
 	}
 	r, err := open()
 	if err != nil {

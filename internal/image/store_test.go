@@ -651,6 +651,12 @@ func TestEnsureBase(t *testing.T) {
 	if _, err := s.EnsureBase(t.Context(), "sha256:1", open("a")); err != nil || opened != 2 {
 		t.Errorf("half of it is lost: opened %d times, %v", opened, err)
 	}
+	if err := os.Remove(s.blobPath(first.ID)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.EnsureBase(t.Context(), "sha256:1", open("a")); err != nil || opened != 3 {
+		t.Errorf("its configuration is lost: opened %d times, %v", opened, err)
+	}
 	newer, err := s.EnsureBase(t.Context(), "sha256:2", open("b"))
 	if err != nil || newer.ID == first.ID {
 		t.Errorf("%v, %v", newer.ID, err)

@@ -75,7 +75,7 @@ type FileServer struct {
 	Socket   *os.File `json:"-"`
 	FD       int      `json:"fd"`
 	Root     string   `json:"root"`           // path in the jail
-	Host     bool     `json:"host,omitempty"` // a volume: passed through as it is; otherwise a box's own layer
+	Host     bool     `json:"host,omitempty"` // a volume of the host's: passed through as it is; otherwise files of a box's own
 	ReadOnly bool     `json:"read_only,omitempty"`
 }
 

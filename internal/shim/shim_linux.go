@@ -416,7 +416,9 @@ func (s *shim) listen(ctx context.Context) (net.Listener, error) {
 func setup(b *state.Box) wire.Setup {
 	out := wire.Setup{Hostname: b.Spec.Hostname, ReadOnly: b.Spec.ReadOnly, Tmpfs: b.Spec.Tmpfs}
 	for i, v := range b.Spec.Volumes {
-		out.Volumes = append(out.Volumes, wire.SetupVolume{Staging: "/vol/" + strconv.Itoa(i), Target: v.Target, ReadOnly: v.ReadOnly})
+		out.Volumes = append(out.Volumes, wire.SetupVolume{
+			Staging: "/vol/" + strconv.Itoa(i), Target: v.Target, ReadOnly: v.ReadOnly, Fill: v.Anonymous && !v.ReadOnly,
+		})
 	}
 	out.Files = []wire.SetupFile{
 		{Path: "/etc/hostname", Data: []byte(b.Spec.Hostname + "\n")},

@@ -52,6 +52,8 @@ type SetupVolume struct {
 	Staging  string `json:"staging"`
 	Target   string `json:"target"`
 	ReadOnly bool   `json:"read_only,omitempty"`
+	// Fill gives it what the image has at its target, owner and mode included, once in the box's life.
+	Fill bool `json:"fill,omitempty"`
 }
 
 // SetupFile is a file written into the box's root before anything runs: /etc/hosts, /etc/resolv.conf. It is written where it

@@ -112,8 +112,10 @@ func (Engine) Start(ctx context.Context, s engine.Spec, l engine.Launcher) (engi
 	}
 	for i, v := range s.Box.Volumes {
 		target := fmt.Sprintf("%s/%d", volPath, i)
-		cfg.Binds = append(cfg.Binds, jail.Bind{Source: v.Source, Target: target, ReadOnly: v.ReadOnly, Exec: true, IDMapped: true})
-		n, err := serve(target, true, v.ReadOnly)
+		// The files of an anonymous volume are Coffer's own and kept like the box's layer, with any owner. Others are the host's.
+		host := !v.Anonymous
+		cfg.Binds = append(cfg.Binds, jail.Bind{Source: v.Source, Target: target, ReadOnly: v.ReadOnly, Exec: true, IDMapped: host})
+		n, err := serve(target, host, v.ReadOnly)
 		if err != nil {
 			return fail(err)
 		}
