@@ -92,7 +92,7 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 		*n++
 		text, whole := strings.CutSuffix(line, "\n")
 		missing := false
-		print := func(s string) {
+		emit := func(s string) {
 			if missing {
 				fmt.Fprintln(w)
 			}
@@ -123,7 +123,7 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 				case 's':
 					var done bool
 					if text, done = cm.substitute(text); done && cm.print_ {
-						print(text)
+						emit(text)
 					}
 				case 'd':
 					deleted = true
@@ -131,7 +131,7 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 					fmt.Fprintln(w, cm.text)
 					deleted = true
 				case 'p':
-					print(text)
+					emit(text)
 				case 'q':
 					quit = true
 				case 'a':
@@ -149,7 +149,7 @@ func sedRun(w io.Writer, r io.Reader, cmds []*sedCmd, quiet bool, n *int) error 
 		}
 		run(cmds)
 		if !deleted && !quiet {
-			print(text)
+			emit(text)
 		}
 		if after != "" && missing {
 			fmt.Fprintln(w)
