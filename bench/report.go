@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -106,14 +107,9 @@ func (r *report) targets() []target {
 		if s := r.find(metric, contender); s != nil {
 			return s.median()
 		}
-		return 0
+		return math.NaN() // not measured
 	}
-	div := func(a, b float64) float64 {
-		if b == 0 {
-			return 0
-		}
-		return a / b
-	}
+	div := func(a, b float64) float64 { return a / b }
 	run, exec := m("run", "coffer"), m("exec", "coffer")
 	return []target{
 		{"run --rm, against runsc on the same image file", div(run, m("run", "runsc (image file)")), 1.2, "×"},
@@ -163,7 +159,10 @@ func (r *report) markdown() string {
 	p("\n## Targets\n\n| what | measured | at most | |\n|---|---|---|---|\n")
 	for _, t := range r.targets() {
 		verdict := "reached"
-		if t.have > t.limit {
+		switch {
+		case math.IsNaN(t.have):
+			verdict = "**not measured**"
+		case t.have > t.limit:
 			verdict = "**missed**"
 		}
 		p("| %s | %.3g %s | %.3g %s | %s |\n", t.what, t.have, t.unit, t.limit, t.unit, verdict)

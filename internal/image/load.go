@@ -171,7 +171,12 @@ func (s *Store) haveAll(st *stage, id string) (entry, bool) {
 	if e == nil || !st.share(blobPlace(e.ID)) || !st.share(blobPlace(e.Manifest)) || !st.shareRootfs(e.Rootfs) {
 		return entry{}, false
 	}
-	if conf, err := readBounded(s.blobPath(e.ID), maxConfig); err != nil || hashBytes(conf).String() != e.ID {
+	raw, err := readBounded(s.blobPath(e.ID), maxConfig)
+	if err != nil || hashBytes(raw).String() != e.ID {
+		return entry{}, false
+	}
+	// Another version of this program may have made another root of the same layers.
+	if conf, err := parseConfig(raw); err != nil || rootfsID(conf.RootFS.DiffIDs) != e.Rootfs {
 		return entry{}, false
 	}
 	m, err := s.manifest(e)

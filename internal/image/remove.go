@@ -56,7 +56,7 @@ func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Remove
 		return Removed{}, err
 	}
 	var res Removed
-	_ = s.giveBack(idx, needs, &res) // what fails here fails again below
+	_ = s.giveBack(idx, needs, &res) // it is for room; who gets none is told so below
 	if n, err := ParseName(ref); err == nil && len(e.Names) > 1 && slices.Contains(e.Names, n.String()) {
 		e.Names = slices.DeleteFunc(e.Names, func(have string) bool { return have == n.String() })
 		err := s.writeIndex(idx)
@@ -152,8 +152,8 @@ func shortNames(names []string) []string {
 	return short
 }
 
-// collect deletes the files that no image of the index refers to and no box needs. The caller holds the lock, so no load is committing; loads at
-// work have links of their own to what they share.
+// collect deletes the files that no image of the index refers to and no box needs. The caller holds the lock, so no load is
+// committing; loads at work have links of their own to what they share.
 func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	want := map[string]bool{}
 	unknown := map[string]bool{"rootfs": needs.Unknown} // directories in which anything may be needed

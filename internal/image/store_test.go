@@ -331,6 +331,35 @@ func TestHalfARootfs(t *testing.T) {
 	}
 }
 
+// What an older program made of an image is made anew when the image is loaded.
+func TestRootfsOfAnotherVersion(t *testing.T) {
+	s := newStore(t)
+	path := asDir(t, ociFiles(t, sampleImage(t, "one"), "x:1"))
+	imgs, err := s.Load(t.Context(), Source{Path: path}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := imgs[0].RootfsID
+	old := strings.Repeat("0", 64)
+	index := bytes.ReplaceAll(mustRead(t, s.path("index.json")), []byte(now), []byte(old))
+	if err := errors.Join(os.WriteFile(s.path("index.json"), index, 0o600), os.Rename(s.rootfsPath(now), s.rootfsPath(old)),
+		os.Rename(s.extraPath(now), s.extraPath(old))); err != nil {
+		t.Fatal(err)
+	}
+	if imgs, err = s.Load(t.Context(), Source{Path: path}, Options{}); err != nil || imgs[0].RootfsID != now {
+		t.Fatalf("%+v, %v", imgs, err)
+	}
+	checkSample(t, s, imgs[0], "one")
+	// Imported ones, too, are known by their layers.
+	img, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "y", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := s.haveAll(stageOf(t, s), img.ID); !ok {
+		t.Error("an imported image is not known again")
+	}
+}
+
 func TestNoExtras(t *testing.T) {
 	s := newStore(t)
 	img, err := s.Import(t.Context(), Source{Reader: bytes.NewReader(layerTar(t, ent{name: "a"}))}, "x", Options{})
