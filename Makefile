@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: all first-box build assets test test-unit test-e2e test-guest test-two-sided test-user lint bench fuzz cross clean deps
+.PHONY: all first-box build assets test test-unit test-e2e test-guest test-two-sided test-user debian lint bench fuzz cross clean deps
 
 all: first-box
 
@@ -30,7 +30,8 @@ build: assets
 deps:
 	@sh test/deps.sh
 
-test: deps build test-unit test-e2e test-two-sided test-user test-guest
+test: deps build test-unit test-two-sided debian
+	$(MAKE) -j3 --output-sync=target test-e2e test-user test-guest # they mostly wait, each for boxes of its own
 
 # Failures in full, and every skipped test with its reason.
 REPORT = $(GO) run ./test/report
@@ -39,6 +40,10 @@ test-unit: build
 	CGO_ENABLED=$$(command -v gcc >/dev/null && echo 1 || echo 0) $(GO) test -json $$(command -v gcc >/dev/null && echo -race) \
 	  $$($(GO) list ./... | grep -v -e /test/e2e -e /test/cli -e /test/guest$$) | $(REPORT)
 	CGO_ENABLED=0 $(GO) test ./internal/sentry # as it is used; with the race detector gVisor's filter is another
+
+# The real image that the end-to-end tests of root and of the ordinary user share.
+debian:
+	$(GO) test -run '^TestDebianRoot$$' ./test/e2e
 
 test-e2e: build
 	$(GO) test -json -count=1 -timeout 15m -p 1 ./test/e2e ./test/cli | $(REPORT)

@@ -69,6 +69,9 @@ var makeDebian = sync.OnceValues(func() (string, error) {
 	return path, os.Rename(tmp, path)
 })
 
+// TestDebianRoot makes the root that other tests use, so that it is there for those of an ordinary user, who cannot.
+func TestDebianRoot(t *testing.T) { t.Log(debianRoot(t)) }
+
 const pyWork = `
 import sqlite3, subprocess, threading
 db = sqlite3.connect('/root/work.db')
@@ -119,6 +122,9 @@ func TestRealWork(t *testing.T) {
 	h.run("load", "-i", oci)
 	h.run("import", root, "debian-test:plain", "-c", "CMD [\"/bin/bash\"]")
 	for _, ref := range []string{"debian-test:archive", "debian-test:oci", "debian-test:plain"} {
+		if os.Geteuid() != 0 && ref != "debian-test:oci" {
+			continue // how an image was loaded is the same for everybody, and root has seen all
+		}
 		t.Run(ref, func(t *testing.T) { realWork(t, h, ref) })
 	}
 	t.Run("gigabyte", func(t *testing.T) { gigabyte(t, h) })
