@@ -197,6 +197,10 @@ func TestKilledTreeAtEachStep(t *testing.T) {
 						h.run("start", "b")
 						args = []string{"rm", "-f", "b"}
 					}
+					pid := 0
+					if phase != "starting" {
+						pid = h.role("b", role) // what follows is over before it could be looked for
+					}
 					c := h.cmd(args...)
 					if err := c.Start(); err != nil {
 						t.Fatal(err)
@@ -212,7 +216,10 @@ func TestKilledTreeAtEachStep(t *testing.T) {
 						if p.now() != phase {
 							continue
 						}
-						if pid := h.find(mark); pid != 0 && syscall.Kill(pid, syscall.SIGKILL) == nil {
+						if pid == 0 {
+							pid = h.find(mark)
+						}
+						if pid != 0 && syscall.Kill(pid, syscall.SIGKILL) == nil {
 							hits++
 							break
 						}
