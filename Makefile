@@ -46,7 +46,7 @@ debian:
 	$(GO) test -run '^TestDebianRoot$$' ./test/e2e
 
 test-e2e: build
-	$(GO) test -json -count=1 -timeout 15m -p 1 ./test/e2e ./test/cli | $(REPORT)
+	$(GO) test -json -count=1 -timeout 30m -p 1 ./test/e2e ./test/cli | $(REPORT)
 
 # Hosts with other control groups than this one, as virtual machines without hardware for them: some minutes.
 test-guest:

@@ -20,7 +20,7 @@ for suite in e2e cli; do
 	go test -c -o "$dir/$suite.test" "./test/$suite"
 	chmod 755 "$dir/$suite.test"
 	(cd "$dir/home" && HOME="$dir/home" TMPDIR=/tmp COFFER_BIN="$dir/coffer" setpriv --reuid $uid --regid $uid --clear-groups \
-		"$dir/$suite.test" -test.v=test2json -test.timeout 15m) 2>&1 | go tool test2json -p "test/$suite as an ordinary user" | "$dir/report" || status=1
+		"$dir/$suite.test" -test.v=test2json -test.timeout 30m) 2>&1 | go tool test2json -p "test/$suite as an ordinary user" | "$dir/report" || status=1
 done
 rm -rf "$dir"
 exit $status
