@@ -31,7 +31,8 @@ deps:
 	@sh test/deps.sh
 
 test: deps build test-unit test-two-sided debian
-	$(MAKE) -j3 --output-sync=target test-e2e test-user test-guest # they mostly wait, each for boxes of its own
+	$(MAKE) -j2 --output-sync=target test-e2e test-user # they mostly wait, each for boxes of its own
+	$(MAKE) test-guest
 
 # Failures in full, and every skipped test with its reason.
 REPORT = $(GO) run ./test/report

@@ -211,23 +211,26 @@ func (k *Keeper) discard(dir, name string) error {
 	if err := os.MkdirAll(k.Home.Trash(), 0o700); err != nil && !noRoom(err) {
 		return fmt.Errorf("remove files: %w", err)
 	}
-	err := os.Rename(dir, trash)
-	if noRoom(err) {
-		// No room even for a name: then in its place, where a next attempt finds what is left of it.
-		if err = RemoveTree(dir); err == nil {
-			return nil
+	// Two may be at it, where one was taken for dead: each finds what the other has just put there, and goes on until there is nothing.
+	var err error
+	for range 10 {
+		err = os.Rename(dir, trash)
+		switch {
+		case noRoom(err):
+			// No room even for a name: then in its place, where a next attempt finds what is left of it.
+			err = RemoveTree(dir)
+		case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrExist), errors.Is(err, unix.ENOTEMPTY):
+			// What is there already is of a former attempt that was cut off.
+			again := err != nil && !errors.Is(err, fs.ErrNotExist)
+			if err = RemoveTree(trash); err == nil && again {
+				err = unix.ENOTEMPTY // not moved yet
+			}
+		}
+		if !errors.Is(err, unix.ENOTEMPTY) {
+			break
 		}
 	}
-	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
-		// A former attempt was cut off.
-		if err = RemoveTree(trash); err == nil {
-			err = os.Rename(dir, trash)
-		}
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove files: %w", err)
-	}
-	if err := RemoveTree(trash); err != nil {
+	if err != nil {
 		return fmt.Errorf("remove files: %w", err)
 	}
 	return nil

@@ -219,7 +219,7 @@ func TestStoppedTree(t *testing.T) {
 func TestForkBomb(t *testing.T) {
 	h := newHome(t)
 	bomb := "while true; do sleep 500 & done"
-	args := []string{"run", "-d", "--name", "b", "--pids-limit", "200", "base", "sh", "-c", bomb}
+	args := []string{"run", "-d", "--name", "b", "--pids-limit", "80", "base", "sh", "-c", bomb}
 	if _, errs, code := h.all(args...); code == 0 {
 		until(t, "the bomb meets its limit", func() bool {
 			return h.field("b", "{{.Status}}") != "running" || slices.ContainsFunc(observer.Cgroups(h.marks()...), metLimit)
