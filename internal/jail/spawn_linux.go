@@ -114,8 +114,8 @@ func Spawn(cfg Config) (*Jail, error) {
 	if cfg.Cgroup != nil && unborn(cmd.Process.Pid) {
 		// Once the spawner's own control group was killed, some kernels (6.18 is one) kill whatever its members clone into another,
 		// for good. A process that is moved there later is left alone.
+		parent.Close() // should it live after all, its gate is shut for good
 		_ = cmd.Wait()
-		parent.Close()
 		cfg.Cgroup = nil
 		return Spawn(cfg)
 	}
