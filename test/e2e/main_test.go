@@ -149,6 +149,12 @@ func (h *home) run(args ...string) string {
 	h.t.Helper()
 	out, errs, code := h.all(args...)
 	if code != 0 {
+		logs, _ := filepath.Glob(filepath.Join(h.dir, "boxes", "*", "shim.log"))
+		for _, l := range logs {
+			if b, err := os.ReadFile(l); err == nil && len(b) > 0 {
+				h.t.Logf("%s:\n%s", l, b)
+			}
+		}
 		h.t.Fatalf("coffer %s: exit code %d: %s", strings.Join(args, " "), code, errs)
 	}
 	return strings.TrimSuffix(out, "\n")
