@@ -47,9 +47,9 @@ func run(ctx context.Context, o options) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("run this as root: runc, podman and bare runsc need it here")
 	}
-	for _, p := range []string{"podman", "runc"} {
+	for _, p := range []string{"podman", "runc", "busybox"} {
 		if _, err := exec.LookPath(p); err != nil {
-			return fmt.Errorf("%s is compared with: apt-get install --no-install-recommends podman runc", p)
+			return fmt.Errorf("%s is compared with: apt-get install --no-install-recommends podman runc busybox-static", p)
 		}
 	}
 	if o.bin, err = filepath.Abs(o.bin); err != nil {
