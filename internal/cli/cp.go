@@ -18,7 +18,7 @@ import (
 
 func (a *app) cpCmd() *cobra.Command {
 	c := &cobra.Command{Use: "cp [flags] BOX:PATH PATH|-  or  PATH|- BOX:PATH", Short: "Copy files between a box and the host", Args: exactly(2, "source and destination"),
-		Long: "Copy files and directories between a running box and the host, as docker cp does. - is a tar archive on standard input or output.\nThe box need not run: its main process is not started for it."}
+		Long: "Copy files and directories between a box and the host, as docker cp does. - is a tar archive on standard input or output.\nThe box need not run: its main process is not started for it."}
 	var follow bool
 	c.Flags().BoolVarP(&follow, "follow-link", "L", false, "copy what a symbolic link at the source leads to")
 	c.RunE = func(c *cobra.Command, args []string) error {

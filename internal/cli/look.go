@@ -39,7 +39,7 @@ func (a *app) psCmd() *cobra.Command {
 				return failed
 			}
 			infos = slices.DeleteFunc(infos, func(i coffer.Info) bool {
-				return !keep(i) || !all && !byStatus && i.Status != "running" && i.Status != "paused" && i.Status != "starting" && i.Status != "stopping" && i.Status != "restarting"
+				return !keep(i) || !all && !byStatus && !shownUnasked(i.Status)
 			})
 			slices.Reverse(infos)
 			if quiet {
@@ -51,7 +51,10 @@ func (a *app) psCmd() *cobra.Command {
 			rows := make([]psRow, len(infos))
 			for n, i := range infos {
 				rows[n].Info = i
-				if b, err := rt.Get(c.Context(), i.ID); sizes && err == nil {
+				if !sizes {
+					continue
+				}
+				if b, err := rt.Get(c.Context(), i.ID); err == nil {
 					rows[n].Size = b.DiskUse()
 				}
 			}
@@ -70,6 +73,15 @@ func (a *app) psCmd() *cobra.Command {
 		})
 	}
 	return c
+}
+
+// shownUnasked tells the statuses of boxes that ps shows without -a.
+func shownUnasked(status string) bool {
+	switch status {
+	case "running", "paused", "starting", "stopping", "restarting":
+		return true
+	}
+	return false
 }
 
 // psRow is a box of a list. Its methods are for templates that were written for docker ps.
