@@ -58,7 +58,7 @@ type Info struct {
 	Started      time.Time         `json:"started,omitzero"`
 	Finished     time.Time         `json:"finished,omitzero"`
 	ExitCode     int               `json:"exit_code"`
-	Reason       string            `json:"reason,omitempty"` // why it ended: exited, stopped, killed, oom, timeout, lost, failed
+	Reason       string            `json:"reason,omitempty"` // why it ended: exited, stopped, killed, oom, timeout, lost, failed, copied (with its home)
 	OOMKilled    bool              `json:"oom_killed"`
 	Error        string            `json:"error,omitempty"`
 	Generation   uint64            `json:"generation"`
@@ -211,7 +211,7 @@ func (r *Runtime) resume(ctx context.Context, b *state.Box) (*state.Box, error) 
 	if alive || !lifecycle.WantsRestart(b) {
 		return b, nil
 	}
-	if _, err := box.launch(ctx, b, b.RestartCount+1); err != nil {
+	if err := box.launch(ctx, b, b.RestartCount+1); err != nil {
 		// What keeps it from starting stands in the record, and in the log of whoever asked for one.
 		r.log.WarnContext(ctx, "restart failed", "box", b.Name, "error", err)
 	}

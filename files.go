@@ -97,7 +97,7 @@ func (b *Box) visit(ctx context.Context, rec *state.Box, fn func(*wire.Client) e
 	}
 	if gerr == nil && lifecycle.WantsRestart(now) {
 		// Its shim was waiting to do that.
-		_, gerr = b.launch(ctx, now, now.RestartCount+1)
+		gerr = b.launch(ctx, now, now.RestartCount+1)
 	}
 	return errors.Join(err, gerr)
 }

@@ -76,7 +76,7 @@ func (b *Box) start(ctx context.Context, rec *state.Box) error {
 		if rec, err = b.carryOn(ctx, rec); err != nil || rec.Phase.Live() {
 			return err
 		}
-		if _, err = b.launch(ctx, rec, 0); !errors.Is(err, state.ErrStale) {
+		if err = b.launch(ctx, rec, 0); !errors.Is(err, state.ErrStale) {
 			return err
 		}
 		// Its shim has just restarted it, or given up to.
@@ -143,12 +143,12 @@ func (b *Box) Restart(ctx context.Context, opts ...StopOption) error {
 }
 
 // launch starts a new generation, which counts as the given number of restarts. The caller holds the operation lock.
-func (b *Box) launch(ctx context.Context, rec *state.Box, restarts int) (*state.Box, error) {
-	rec, launched, err := b.open(ctx, rec, shim.Detached, startingAnew(restarts))
+func (b *Box) launch(ctx context.Context, rec *state.Box, restarts int) error {
+	_, launched, err := b.open(ctx, rec, shim.Detached, startingAnew(restarts))
 	if err == nil {
 		launched.Close()
 	}
-	return rec, err
+	return err
 }
 
 // startingAnew is the change of a record with which a new run of the main process begins.
@@ -166,17 +166,17 @@ func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change f
 		return nil, nil, fmt.Errorf("box %s cannot be started: %w: its files are in %s: copy what you need, then remove it",
 			rec.Name, ErrDamaged, b.rt.home.Box(b.id).Dir)
 	}
-	// The shim of a box that is to be restarted may be about to do that by itself. From here on it leaves the box alone; if it was faster,
-	// the record has moved on.
-	claimed, err := b.rt.db.Update(ctx, b.id, state.Change{Generation: rec.Generation}, func(s *state.Box) error {
-		if s.Phase != rec.Phase {
-			return state.ErrStale
+	if lifecycle.WantsRestart(rec) {
+		// Its shim may be about to do that. From here on it leaves the box alone; if it was faster, the record has moved on.
+		if _, err := b.rt.db.Update(ctx, b.id, state.Change{Generation: rec.Generation}, func(s *state.Box) error {
+			if s.Phase != rec.Phase {
+				return state.ErrStale
+			}
+			s.ManualStop = true
+			return nil
+		}); err != nil {
+			return nil, nil, err
 		}
-		s.ManualStop = true
-		return nil
-	})
-	if err != nil {
-		return nil, nil, err
 	}
 	// Whatever the record says: on top of a live tree no second one is ever started.
 	if _, err := b.rt.keeper.Reap(ctx, rec); err != nil {
@@ -188,7 +188,7 @@ func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change f
 	}
 	defer lock.Unlock()
 	manual := rec.ManualStop
-	rec, err = b.rt.db.Update(ctx, b.id, state.Change{Generation: claimed.Generation}, func(s *state.Box) error {
+	rec, err = b.rt.db.Update(ctx, b.id, state.Change{Generation: rec.Generation}, func(s *state.Box) error {
 		s.ManualStop = manual
 		change(s)
 		s.Generation++
