@@ -35,7 +35,6 @@ const MaxStop = 365 * 24 * time.Hour
 
 // StopRequest ends the box in order. The shim answers at once and is gone when it is done.
 type StopRequest struct {
-	Signal  int   `json:"signal,omitempty"` // 0: the box's own
 	Timeout int64 `json:"timeout"`          // nanoseconds; negative: the box's own
 	Resume  bool  `json:"resume,omitempty"` // for a command that was killed: nothing is done if the stop is under way
 }

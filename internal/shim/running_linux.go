@@ -106,7 +106,7 @@ func (r *running) flush(ctx context.Context) {
 // wait returns when the main process has ended and everything in the jail with it.
 func (r *running) wait(ctx context.Context) lifecycle.End {
 	if t := r.s.box.Spec.Timeout; t > 0 {
-		timer := time.AfterFunc(t, func() { r.stop(lifecycle.ReasonTimeout, 0, r.s.box.Spec.StopTimeout) })
+		timer := time.AfterFunc(t, func() { r.stop(lifecycle.ReasonTimeout, r.s.box.Spec.StopTimeout) })
 		defer timer.Stop()
 	}
 	go func() {
@@ -148,20 +148,17 @@ const codeTimeout = 124
 const stopGrace = 3 * time.Second
 
 // stop asks the agent for an orderly end; wait then returns.
-func (r *running) stop(reason string, sig int, timeout time.Duration) {
+func (r *running) stop(reason string, timeout time.Duration) {
 	r.mu.Lock()
 	if r.reason == "" {
 		r.reason = reason
 	}
 	r.mu.Unlock()
-	if sig == 0 {
-		sig = r.s.box.Spec.StopSignal
-	}
 	// A very long wish must not become one that is over already.
 	timeout = min(timeout, MaxStop)
 	ctx, cancel := context.WithTimeout(context.Background(), timeout+2*time.Second)
 	defer cancel()
-	_, err := r.agent.Shutdown(ctx, sig, timeout)
+	_, err := r.agent.Shutdown(ctx, r.s.box.Spec.StopSignal, timeout)
 	if err == nil {
 		// The answer is the guest's word only.
 		select {

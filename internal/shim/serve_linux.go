@@ -90,7 +90,7 @@ func (r *running) stopFor(req StopRequest) {
 	if req.Resume && underWay {
 		return
 	}
-	r.stop(lifecycle.ReasonStopped, req.Signal, timeout)
+	r.stop(lifecycle.ReasonStopped, timeout)
 }
 
 // attach connects a client to the main process until one of them ends.
