@@ -178,20 +178,10 @@ func (a *Agent) serve(ctx context.Context, h wire.Header, s *wire.Stream) {
 		wire.Reply(s, a.info(nil), nil)
 		return
 	case wire.OpExtras:
-		var req wire.Extras
-		info, err := wire.Info{}, decode(h, &req)
-		if err == nil {
-			info, err = a.extras(req)
-		}
-		wire.Reply(s, info, err)
+		answer(h, s, a.extras)
 		return
 	case wire.OpConfigure:
-		var req wire.Setup
-		info, err := wire.Info{}, decode(h, &req)
-		if err == nil {
-			info, err = a.configure(req)
-		}
-		wire.Reply(s, info, err)
+		answer(h, s, a.configure)
 		return
 	}
 	if err := a.ready(); err != nil && h.Op != wire.OpShutdown {
@@ -227,13 +217,7 @@ func (a *Agent) serve(ctx context.Context, h wire.Header, s *wire.Stream) {
 		}
 		a.shutdown(s, req)
 	case wire.OpStat:
-		var req wire.PathRequest
-		var info wire.FileInfo
-		err := decode(h, &req)
-		if err == nil {
-			info, err = statFile(req)
-		}
-		wire.Reply(s, info, err)
+		answer(h, s, statFile)
 	case wire.OpTarOut:
 		a.tarOut(h, s)
 	case wire.OpTarIn:
@@ -241,6 +225,17 @@ func (a *Agent) serve(ctx context.Context, h wire.Header, s *wire.Stream) {
 	default:
 		wire.Reply(s, nil, wire.Errorf(wire.CodeUnknownOp, "agent has no operation %q", h.Op))
 	}
+}
+
+// answer serves a request that has one reply.
+func answer[Q, R any](h wire.Header, s *wire.Stream, serve func(Q) (R, error)) {
+	var req Q
+	var out R
+	err := decode(h, &req)
+	if err == nil {
+		out, err = serve(req)
+	}
+	wire.Reply(s, out, err)
 }
 
 func decode(h wire.Header, v any) error {
