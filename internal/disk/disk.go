@@ -120,6 +120,9 @@ func ReplaceWith(spare, path string, b []byte) error {
 	return err
 }
 
+// NoRoom tells an error of a full disk, or of a quota that is used up.
+func NoRoom(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
 // SyncDir makes the renames in a directory last.
 func SyncDir(path string) error {
 	d, err := os.Open(path)

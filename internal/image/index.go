@@ -11,7 +11,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/coffer-box/coffer/internal/disk"
@@ -68,7 +67,7 @@ func (s *Store) writeIndex(idx *index) error {
 	}
 	b = append(b, '\n')
 	err = disk.Replace(s.path("index.json"), b)
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if disk.NoRoom(err) {
 		// Removing images is how people make room, so that must not take any.
 		if disk.ReplaceWith(s.path("index.spare"), s.path("index.json"), b) == nil {
 			return nil

@@ -13,11 +13,13 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/coffer-box/coffer/internal/cgroup"
+	"github.com/coffer-box/coffer/internal/disk"
 	"github.com/coffer-box/coffer/internal/home"
 	"github.com/coffer-box/coffer/internal/state"
 	"github.com/coffer-box/coffer/internal/supervise"
@@ -205,38 +207,40 @@ func (k *Keeper) Discard(ctx context.Context, b *state.Box, volumes bool) error 
 	return k.DB.Delete(ctx, b.ID, b.Name)
 }
 
-// discard moves a directory away in one step, so that no half of it is ever found in its place, and then deletes it.
+// discard moves a directory away in one step, so that no half of it is ever found in its place, and then deletes it, with what former
+// attempts left that were cut off. Each attempt has a place of its own: two may be at it, where one was taken for dead, and nothing must
+// come into a directory that somebody else is deleting.
 func (k *Keeper) discard(dir, name string) error {
-	trash := filepath.Join(k.Home.Trash(), name)
-	if err := os.MkdirAll(k.Home.Trash(), 0o700); err != nil && !noRoom(err) {
-		return fmt.Errorf("remove files: %w", err)
+	trash := k.Home.Trash()
+	place, err := "", os.MkdirAll(trash, 0o700)
+	if err == nil {
+		place, err = os.MkdirTemp(trash, name+"-*")
 	}
-	// Two may be at it, where one was taken for dead: each finds what the other has just put there, and goes on until there is nothing.
-	var err error
-	for range 10 {
-		err = os.Rename(dir, trash)
-		switch {
-		case noRoom(err):
-			// No room even for a name: then in its place, where a next attempt finds what is left of it.
-			err = RemoveTree(dir)
-		case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrExist), errors.Is(err, unix.ENOTEMPTY):
-			// What is there already is of a former attempt that was cut off.
-			again := err != nil && !errors.Is(err, fs.ErrNotExist)
-			if err = RemoveTree(trash); err == nil && again {
-				err = unix.ENOTEMPTY // not moved yet
-			}
-		}
-		if !errors.Is(err, unix.ENOTEMPTY) {
-			break
+	if err == nil {
+		err = unix.Rename(dir, place) // onto the empty directory, which os.Rename refuses
+	}
+	if disk.NoRoom(err) {
+		// No room even for a name: then in its place, where a next attempt finds what is left of it.
+		err = RemoveTree(dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove files in %s: %w", dir, err)
+	}
+	entries, err := os.ReadDir(trash)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil // there was no room for it
+	}
+	errs := []error{err}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), name) {
+			errs = append(errs, RemoveTree(filepath.Join(trash, e.Name())))
 		}
 	}
-	if err != nil {
+	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove files: %w", err)
 	}
 	return nil
 }
-
-func noRoom(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // RemoveTree is [os.RemoveAll] for what a guest has made: the directories of an ordinary user's volumes have the modes that the guest
 // gave them, which may keep even their owner from emptying them.

@@ -21,6 +21,7 @@ import (
 
 	_ "modernc.org/sqlite" // the database/sql driver
 
+	"github.com/coffer-box/coffer/internal/disk"
 	"github.com/coffer-box/coffer/internal/spec"
 )
 
@@ -269,22 +270,6 @@ func newInstance() string {
 	return hex.EncodeToString(raw)
 }
 
-func writeInstance(home, id string) error {
-	tmp, err := os.CreateTemp(home, ".instance-*")
-	if err != nil {
-		return homeError(home, err)
-	}
-	defer os.Remove(tmp.Name())
-	_, err = fmt.Fprintln(tmp, id)
-	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err == nil {
-		err = os.Rename(tmp.Name(), filepath.Join(home, instanceFile))
-	}
-	if err != nil {
-		return homeError(home, err)
-	}
-	return nil
-}
-
 // identify learns which home this is. A home that was copied or restored to another place gets an identity of its own: under the old one
 // it would find the boxes of the home that it is a copy of, and end them.
 func (d *DB) identify(ctx context.Context, place string) error {
@@ -320,7 +305,10 @@ func (d *DB) identify(ctx context.Context, place string) error {
 	if have, err := readInstance(d.dir); err != nil || have == d.instance {
 		return err
 	}
-	return writeInstance(d.dir, d.instance)
+	if err := disk.Replace(filepath.Join(d.dir, instanceFile), []byte(d.instance+"\n")); err != nil {
+		return homeError(d.dir, err)
+	}
+	return nil
 }
 
 // forget marks boxes as ended whose processes, if any live, are another home's.

@@ -9,6 +9,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/coffer-box/coffer/internal/disk"
 )
 
 // ErrLocked is returned by [TryLock] when somebody else holds the lock.
@@ -42,7 +44,7 @@ func TryLock(path string, who any) (*Lock, error) {
 		}
 		l := &Lock{f: f}
 		// What a lock says about its holder is for people; on a full disk it still locks.
-		if err := l.write(who); err != nil && !noRoom(err) {
+		if err := l.write(who); err != nil && !disk.NoRoom(err) {
 			l.Unlock()
 			return nil, err
 		}
@@ -57,13 +59,11 @@ func Inherit(fd int, who any) (*Lock, error) {
 	if err := setLock(l.f, wholeFile()); err != nil {
 		return nil, fmt.Errorf("take over lock: %w", err)
 	}
-	if err := l.write(who); err != nil && !noRoom(err) {
+	if err := l.write(who); err != nil && !disk.NoRoom(err) {
 		return nil, err
 	}
 	return l, nil
 }
-
-func noRoom(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // WaitLock takes the lock as soon as it is free.
 func WaitLock(ctx context.Context, path string, who any) (*Lock, error) {
