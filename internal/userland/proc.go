@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math"
 	"os"
@@ -528,7 +529,7 @@ func xargs(c *call) error {
 		}
 	}
 	in := new(strings.Builder)
-	if _, err := flushTo(in, c.in); err != nil {
+	if _, err := io.Copy(in, c.in); err != nil {
 		return err
 	}
 	mark := o.val("I", "")

@@ -123,7 +123,6 @@ func TestCommands(t *testing.T) {
 
 func runTests(t *testing.T, tests map[string]commandTest) {
 	for name, tc := range tests {
-
 		t.Run(name, func(t *testing.T) {
 			out, errOut, code := runScript(t, tc.script, tc.stdin)
 			if out != tc.out || code != tc.code {
