@@ -60,9 +60,7 @@ func TestForegroundRemove(t *testing.T) {
 		t.Errorf("printed %q, exit code %d", out, code)
 	}
 	h.noneLeft("after run --rm")
-	if got := h.run("ps", "-aq"); got != "" {
-		t.Errorf("boxes left: %s", got)
-	}
+	h.noBoxes()
 }
 
 // TestDetachedRemove: a detached --rm box is gone when its main process has ended. L22, L23.

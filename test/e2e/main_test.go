@@ -178,6 +178,14 @@ func (h *home) noneLeft(when string) {
 	}
 }
 
+// noBoxes sees that no box is on record.
+func (h *home) noBoxes() {
+	h.t.Helper()
+	if out := h.run("ps", "-aq"); out != "" {
+		h.t.Errorf("boxes left: %s", out)
+	}
+}
+
 func (h *home) field(box, tmpl string) string {
 	h.t.Helper()
 	return strings.TrimSpace(h.run("inspect", "-f", tmpl, box))

@@ -24,9 +24,7 @@ func TestFailedStart(t *testing.T) {
 		t.Errorf("a file that is no program: exit code %d", code)
 	}
 	h.noneLeft("after the failed start with --rm")
-	if got := h.run("ps", "-aq"); got != "" {
-		t.Errorf("boxes left: %s", got)
-	}
+	h.noBoxes()
 }
 
 // TestAbsent: nothing to kill is not a failed kill. F4.

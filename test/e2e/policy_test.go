@@ -107,9 +107,7 @@ func TestCutOffRemove(t *testing.T) {
 func TestClosedDirectories(t *testing.T) {
 	h := newHome(t)
 	h.run("run", "--rm", "-v", "/data", "base", "sh", "-c", "mkdir -p /data/a/b; echo x > /data/a/b/f; chmod 0 /data/a/b; chmod 555 /data/a")
-	if out := h.run("ps", "-aq"); out != "" {
-		t.Errorf("boxes left: %s", out)
-	}
+	h.noBoxes()
 	if m, _ := filepath.Glob(filepath.Join(h.dir, "[tv]*", "*")); len(m) != 0 {
 		t.Errorf("files left: %v", m)
 	}
@@ -139,9 +137,7 @@ func TestRemovePolicyWhileBusy(t *testing.T) {
 		t.Errorf("start: exit code %d: %s", code, errs)
 	}
 	h.noneLeft("after a look")
-	if out := h.run("ps", "-aq"); out != "" {
-		t.Errorf("boxes left: %s", out)
-	}
+	h.noBoxes()
 }
 
 // TestRestarting: a box between two runs is not taken for one that has ended.
