@@ -59,7 +59,7 @@ func run(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	s := &session{o: o, tmp: tmp, log: os.Stderr, rep: newReport(ctx, o)}
+	s := &session{o: o, tmp: tmp, log: os.Stderr, rep: newReport(ctx, o, tmp)}
 	defer func() { err = errors.Join(err, s.close()) }()
 	if err := s.setUp(ctx); err != nil {
 		return err

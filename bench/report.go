@@ -27,6 +27,8 @@ type report struct {
 	Samples   []*series
 	Processes map[string]float64 // of an idle box
 	Failed    map[string]int     // of the boxes started at once
+
+	plain *strings.Replacer // takes the places of this run out of commands
 }
 
 // series is what was measured of one thing and one contender.
@@ -36,10 +38,11 @@ type series struct {
 	Values                  []float64
 }
 
-func newReport(ctx context.Context, o options) *report {
+func newReport(ctx context.Context, o options, tmp string) *report {
 	commit, _ := exec.CommandContext(ctx, "git", "describe", "--always", "--dirty").Output()
 	return &report{Date: time.Now().UTC(), Commit: strings.TrimSpace(string(commit)), Machine: machine(), Load: []string{loadAverage()},
-		Versions: map[string]string{}, N: o.n, Processes: map[string]float64{}, Failed: map[string]int{}}
+		Versions: map[string]string{}, N: o.n, Processes: map[string]float64{}, Failed: map[string]int{},
+		plain: strings.NewReplacer(o.bin, "coffer", tmp, "$TMP")}
 }
 
 func machine() map[string]string {
@@ -67,7 +70,7 @@ func loadAverage() string {
 func (r *report) add(metric, contender, unit string, v float64, argv []string) {
 	s := r.find(metric, contender)
 	if s == nil {
-		s = &series{Metric: metric, Contender: contender, Unit: unit, Command: strings.Join(argv, " ")}
+		s = &series{Metric: metric, Contender: contender, Unit: unit, Command: r.plain.Replace(strings.Join(argv, " "))}
 		r.Samples = append(r.Samples, s)
 	}
 	s.Values = append(s.Values, v)
