@@ -623,9 +623,14 @@ func TestReadOnlyDisk(t *testing.T) {
 	h.run("run", "--name", "b", "base", "sh", "-c", "echo kept > /root/kept; sync")
 	remount := func(flags uintptr) {
 		t.Helper()
-		if err := unix.Mount("", dir, "", unix.MS_REMOUNT|flags, "size=160m"); err != nil {
-			t.Fatal(err)
-		}
+		// A process that is over for everybody else may not have given back its last file.
+		until(t, "the disk can be remounted", func() bool {
+			err := unix.Mount("", dir, "", unix.MS_REMOUNT|flags, "size=160m")
+			if err != nil && err != unix.EBUSY {
+				t.Fatal(err)
+			}
+			return err == nil
+		})
 	}
 	remount(unix.MS_RDONLY)
 	for _, args := range [][]string{{"start", "b"}, {"rm", "-f", "b"}, {"run", "--rm", "base", "true"}} {
