@@ -124,13 +124,25 @@ func (b *boxRoot) prepare(s wire.Setup) error {
 }
 
 func (b *boxRoot) writeFile(f wire.SetupFile) error {
-	p, err := b.mountpoint(f.Path, false)
+	p, err := b.resolve(f.Path)
 	if err != nil {
 		return err
 	}
-	old, err := os.ReadFile(p)
-	if err == nil && (bytes.Equal(old, f.Data) || f.Keep && len(old) > 0) {
+	// Each look is a round trip to the jail's file server.
+	st, err := os.Lstat(p)
+	switch {
+	case err != nil:
+		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+			return err
+		}
+	case !st.Mode().IsRegular():
+		return fmt.Errorf("%s in the box is not a file", f.Path)
+	case f.Keep && st.Size() > 0:
 		return nil
+	case st.Size() == int64(len(f.Data)):
+		if old, err := os.ReadFile(p); err == nil && bytes.Equal(old, f.Data) {
+			return nil
+		}
 	}
 	mode := os.FileMode(f.Mode)
 	if mode == 0 {

@@ -122,9 +122,7 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 	if r.stdin != nil {
 		r.stdin.Close()
 	}
-	if err == nil {
-		r.flush(ctx)
-	}
+	// The agent has written everything out before it told the end of the main process.
 	r.kill()
 	r.mu.Lock()
 	defer r.mu.Unlock()

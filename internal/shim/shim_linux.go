@@ -421,7 +421,6 @@ func setup(b *state.Box) wire.Setup {
 		})
 	}
 	out.Files = []wire.SetupFile{
-		{Path: "/etc/hostname", Data: []byte(b.Spec.Hostname + "\n")},
 		{Path: "/etc/hosts", Data: []byte("127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.0.1\t" + b.Spec.Hostname + "\n")},
 		{Path: "/etc/resolv.conf", Data: []byte("# this box has no network\n"), Keep: true},
 	}
