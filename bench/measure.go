@@ -11,11 +11,15 @@ import (
 	"time"
 )
 
+// settling lets what a contender's command left running come to its end, before it is charged to the next one's turn: podman's exec
+// returns before its clean-up, which doubled what was measured after it.
+const settling = time.Second
+
 // turns measures every contender once per round, and throws the first round away: it warms caches.
 func (s *session) turns(ctx context.Context, metric, unit string, n int, cs []*contender, once func(*contender) (float64, []string, error)) error {
 	for round := range n + 1 {
 		for _, c := range cs {
-			if err := ctx.Err(); err != nil {
+			if err := pause(ctx, settling); err != nil {
 				return err
 			}
 			v, argv, err := once(c)
