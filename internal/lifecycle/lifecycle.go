@@ -164,8 +164,13 @@ type End struct {
 
 // MarkEnded records the end of the box's present generation, once nothing of it lives.
 func (k *Keeper) MarkEnded(ctx context.Context, b *state.Box, e End) (*state.Box, error) {
-	attrs := map[string]string{"exitCode": strconv.Itoa(e.Code), "reason": e.Reason}
+	attrs := map[string]string{}
 	return k.DB.Update(ctx, b.ID, state.Change{Generation: b.Generation, Event: "die", Attrs: attrs}, func(b *state.Box) error {
+		if e.Error != "" && b.Phase == state.Stopping {
+			// A start that somebody stopped has not failed.
+			e = End{Code: CodeLost, Reason: ReasonStopped}
+		}
+		attrs["exitCode"], attrs["reason"] = strconv.Itoa(e.Code), e.Reason
 		b.Phase = state.Stopped
 		if e.Error != "" {
 			b.Phase, b.Error = state.Failed, e.Error
