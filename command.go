@@ -84,16 +84,12 @@ func (c *Command) Start() error {
 	if c.proc != nil {
 		return errors.New("command was started already")
 	}
-	rec, err := c.box.rt.db.Get(c.ctx, c.box.id)
-	if err != nil {
-		return err
-	}
 	limit, cancel := c.ctx, func() {}
 	if c.Timeout > 0 {
 		// The agent keeps the time, but root in the box can stop the agent.
 		limit, cancel = context.WithTimeout(c.ctx, min(c.Timeout, maxTimeout)+grace)
 	}
-	client, err := c.box.connect(limit, state.Running)
+	rec, client, err := c.box.connect(limit, state.Running)
 	if err != nil {
 		cancel()
 		return err

@@ -276,7 +276,7 @@ func (b *Box) withAgent(ctx context.Context, fn func(*wire.Client) error) error 
 
 // withAgentIn is withAgent for a box in one of the given phases.
 func (b *Box) withAgentIn(ctx context.Context, fn func(*wire.Client) error, phases ...state.Phase) error {
-	c, err := b.connect(ctx, phases...)
+	_, c, err := b.connect(ctx, phases...)
 	if err != nil {
 		return err
 	}
@@ -284,32 +284,33 @@ func (b *Box) withAgentIn(ctx context.Context, fn func(*wire.Client) error, phas
 	return fn(c)
 }
 
-func (b *Box) connect(ctx context.Context, phases ...state.Phase) (*wire.Client, error) {
+// connect reaches the supervisor of a box in one of the given phases, and returns the record that it went by.
+func (b *Box) connect(ctx context.Context, phases ...state.Phase) (*state.Box, *wire.Client, error) {
 	rec, err := b.rt.db.Get(ctx, b.id)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if slices.Contains(phases, rec.Phase) {
 		if c, err := b.rt.dial(ctx, rec); err == nil {
-			return c, nil
+			return rec, c, nil
 		}
 	}
 	// The record may be older than the truth.
 	if rec, err = b.rt.refresh(ctx, rec); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if rec != nil && slices.Contains(phases, rec.Phase) {
 		c, err := b.rt.dial(ctx, rec)
 		if err != nil {
-			return nil, fmt.Errorf("the supervisor of box %s does not answer: see %s: %w", rec.Name, b.rt.home.Box(b.id).ShimLog(), err)
+			return nil, nil, fmt.Errorf("the supervisor of box %s does not answer: see %s: %w", rec.Name, b.rt.home.Box(b.id).ShimLog(), err)
 		}
-		return c, nil
+		return rec, c, nil
 	}
 	phase := "gone"
 	if rec != nil {
 		phase = string(rec.Phase)
 	}
-	return nil, fmt.Errorf("box %s is %s: %w: start it first", b.name, phase, ErrNotRunning)
+	return nil, nil, fmt.Errorf("box %s is %s: %w: start it first", b.name, phase, ErrNotRunning)
 }
 
 // ErrDetached is what the Read of an attachment's Stdin may return to leave the main process' input open, before the attachment is closed.
@@ -336,7 +337,7 @@ type AttachOptions struct {
 // Attach connects to the main process of a running box. What it puts out is delivered without gap or repetition; a client that
 // falls far behind is dropped with an error rather than hold up the box.
 func (b *Box) Attach(ctx context.Context, o AttachOptions) (*Attachment, error) {
-	c, err := b.connect(ctx, state.Running)
+	_, c, err := b.connect(ctx, state.Running)
 	if err != nil {
 		return nil, err
 	}

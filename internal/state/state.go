@@ -177,7 +177,7 @@ func open(ctx context.Context, home string, fresh bool) (*DB, error) {
 		return nil, err
 	}
 	q := url.Values{"_txlock": {"immediate"}, "_pragma": {
-		fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds()), "journal_mode(WAL)", "synchronous(NORMAL)", "foreign_keys(1)",
+		fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds()), "journal_mode(WAL)", "synchronous(NORMAL)",
 		// The log stays between commands, and is read by the first that opens it: keep it short. The unit is pages of 4 KiB.
 		"wal_autocheckpoint(100)",
 	}}
