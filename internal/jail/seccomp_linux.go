@@ -90,9 +90,12 @@ func applySeccomp(*order) (Layer, error) {
 	}
 	prog := filter()
 	fprog := unix.SockFprog{Len: uint16(len(prog)), Filter: &prog[0]}
-	_, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&fprog)))
-	if e != 0 {
+	thread, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&fprog)))
+	switch {
+	case e != 0:
 		return Layer{}, fmt.Errorf("install system call filter: %w", e)
+	case thread != 0:
+		return Layer{}, fmt.Errorf("install system call filter: thread %d cannot be given it", thread)
 	}
 	return Layer{Active: true, Detail: fmt.Sprintf("%d system calls refused to the jail; the engine adds its own allow-list", len(denied()))}, nil
 }
