@@ -68,6 +68,11 @@ func live(o *order, serve ServeFunc, enc *json.Encoder) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	pid, err := startProgram(o.Program)
+	if err != nil {
+		return 0, err
+	}
+	// Only now: the servers open descriptors that an exec would let through, and nothing is executed any more.
 	for i, s := range o.Servers {
 		sock := os.NewFile(uintptr(s.FD), "lisafs")
 		go func() {
@@ -75,10 +80,6 @@ func live(o *order, serve ServeFunc, enc *json.Encoder) (int, error) {
 				fmt.Fprintf(os.Stderr, "jail: serve %s: %v\n", s.Root, err)
 			}
 		}()
-	}
-	pid, err := startProgram(o.Program)
-	if err != nil {
-		return 0, err
 	}
 	if err := enc.Encode(report{Ready: true, Layers: layers}); err != nil {
 		return 0, err

@@ -234,7 +234,9 @@ func takeDescriptor(*prisoner) (string, error) {
 func strayDescriptor(p *prisoner) (string, error) {
 	for _, fd := range p.fds {
 		if fd > p.given {
-			return fmt.Sprintf("%d, though %d was the last to be given", fd, p.given), nil
+			// What it is tells whose it was.
+			what, _ := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+			return fmt.Sprintf("%d (%s), though %d was the last to be given", fd, what, p.given), nil
 		}
 	}
 	return "", errors.New("none")
