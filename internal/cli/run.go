@@ -312,6 +312,10 @@ func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal, keys [
 	t.detachable(keys, giveUp)
 	att, err := b.StartAttached(run, t.options(false))
 	begun()
+	if cause := context.Cause(run); err == nil && errors.Is(cause, errInterrupted) {
+		// The start was faster than its interruption, and is not wanted all the same.
+		err = errors.Join(cause, att.Close())
+	}
 	if err != nil {
 		if run.Err() == nil {
 			return err
