@@ -352,10 +352,18 @@ func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal, keys [
 func abandon(ctx context.Context, b *coffer.Box) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
-	if err := b.Stop(ctx, coffer.WithTimeout(0)); !errors.Is(err, coffer.ErrNotFound) {
-		return err
+	err := b.Stop(ctx, coffer.WithTimeout(0))
+	if err == nil {
+		// Nobody carries out the --rm of a box that was made and has never run.
+		var info coffer.Info
+		if info, err = b.Info(ctx); err == nil && info.Remove {
+			err = b.Remove(ctx, coffer.Force())
+		}
 	}
-	return nil
+	if errors.Is(err, coffer.ErrNotFound) {
+		return nil
+	}
+	return err
 }
 
 func (a *app) createCmd() *cobra.Command {
