@@ -323,12 +323,15 @@ func WithTimeout(d time.Duration) StopOption { return func(o *stopOptions) { o.t
 // Stop ends the box: its stop signal first, SIGKILL for what is left after its stop timeout. It returns when nothing of the box
 // lives. A box that does not run is no error.
 func (b *Box) Stop(ctx context.Context, opts ...StopOption) error {
-	return b.exclusive(ctx, func(rec *state.Box) error {
-		if _, err := b.rt.db.Update(ctx, b.id, state.Change{}, func(s *state.Box) error { s.ManualStop = true; return nil }); err != nil {
-			return err
-		}
-		return b.stop(ctx, rec, opts...)
-	})
+	return b.exclusive(ctx, func(rec *state.Box) error { return b.stopForGood(ctx, rec, opts...) })
+}
+
+// stopForGood is stop for a box that its restart policy is not to start again.
+func (b *Box) stopForGood(ctx context.Context, rec *state.Box, opts ...StopOption) error {
+	if _, err := b.rt.db.Update(ctx, b.id, state.Change{}, func(s *state.Box) error { s.ManualStop = true; return nil }); err != nil {
+		return err
+	}
+	return b.stop(ctx, rec, opts...)
 }
 
 // stop ends the present generation. The caller holds the operation lock.

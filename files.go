@@ -1,6 +1,7 @@
 package coffer
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -33,18 +34,50 @@ type ProcessInfo = wire.ProcessInfo
 // CopyOut writes a tar archive of a file or directory of the box to w. Names begin with the last element of path. Like CopyIn and
 // Stat it also works on a box that does not run: its kernel is started for it, its main process is not.
 func (b *Box) CopyOut(ctx context.Context, path string, follow bool, w io.Writer) error {
-	return b.withFiles(ctx, func(c *wire.Client) error { return c.TarOut(ctx, path, follow, w) })
+	begun := false
+	return b.withFiles(ctx, &begun, func(c *wire.Client) error {
+		// What is small comes whole or can be begun again.
+		buf := bufio.NewWriterSize(beginWriter{w, &begun}, 64<<10)
+		if err := c.TarOut(ctx, path, follow, buf); err != nil {
+			return err
+		}
+		return buf.Flush()
+	})
 }
 
 // CopyIn unpacks a tar archive into a directory of the box.
 func (b *Box) CopyIn(ctx context.Context, dir string, r io.Reader) error {
-	return b.withFiles(ctx, func(c *wire.Client) error { return c.TarIn(ctx, dir, r, wire.TarInOptions{NoOverwriteDir: true}) })
+	begun := false
+	return b.withFiles(ctx, &begun, func(c *wire.Client) error {
+		return c.TarIn(ctx, dir, beginReader{r, &begun}, wire.TarInOptions{NoOverwriteDir: true})
+	})
+}
+
+// beginWriter and beginReader note that the first byte has passed.
+type beginWriter struct {
+	io.Writer
+	begun *bool
+}
+
+func (w beginWriter) Write(p []byte) (int, error) {
+	*w.begun = true
+	return w.Writer.Write(p)
+}
+
+type beginReader struct {
+	io.Reader
+	begun *bool
+}
+
+func (r beginReader) Read(p []byte) (int, error) {
+	*r.begun = true
+	return r.Reader.Read(p)
 }
 
 // Stat describes a file of the box.
 func (b *Box) Stat(ctx context.Context, path string, follow bool) (FileInfo, error) {
 	var fi FileInfo
-	err := b.withFiles(ctx, func(c *wire.Client) error {
+	err := b.withFiles(ctx, new(bool), func(c *wire.Client) error {
 		var err error
 		fi, err = c.Stat(ctx, path, follow)
 		return err
@@ -52,22 +85,30 @@ func (b *Box) Stat(ctx context.Context, path string, follow bool) (FileInfo, err
 	return fi, err
 }
 
-// withFiles runs fn with a connection to the agent of the box, or of a generation that is opened only for that.
-func (b *Box) withFiles(ctx context.Context, fn func(*wire.Client) error) error {
-	err := b.withAgent(ctx, fn)
-	if !errors.Is(err, ErrNotRunning) {
-		return err
+// withFiles runs fn with a connection to the agent of the box, or of a generation that is opened only for that. It runs fn again if the
+// box ended meanwhile, as one does that crashes and is restarted, unless fn had begun with what cannot be done twice.
+func (b *Box) withFiles(ctx context.Context, begun *bool, fn func(*wire.Client) error) error {
+	const tries = 5 // what ends a box every time is not a matter of chance
+	var err error
+	for range tries {
+		err = b.withAgent(ctx, fn)
+		if errors.Is(err, ErrNotRunning) {
+			err = b.exclusive(ctx, func(rec *state.Box) error {
+				rec, err := b.carryOn(ctx, rec)
+				if err != nil {
+					return err
+				}
+				if rec.Phase.Live() {
+					return b.withAgent(ctx, fn) // started meanwhile
+				}
+				return b.visit(ctx, rec, fn)
+			})
+		}
+		if *begun || !errors.Is(err, wire.ErrClosed) {
+			break
+		}
 	}
-	return b.exclusive(ctx, func(rec *state.Box) error {
-		rec, err := b.carryOn(ctx, rec)
-		if err != nil {
-			return err
-		}
-		if rec.Phase.Live() {
-			return b.withAgent(ctx, fn) // started meanwhile
-		}
-		return b.visit(ctx, rec, fn)
-	})
+	return err
 }
 
 // visit opens a generation without a main process for fn, and ends it. The caller holds the operation lock.

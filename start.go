@@ -28,13 +28,27 @@ type IO struct {
 	Stderr io.Writer
 }
 
-// Run creates a box and starts it, detached.
+// Run creates a box and starts it, detached. A box that could not be started is kept, unless it was to be removed at its end.
 func (r *Runtime) Run(ctx context.Context, s Spec) (*Box, error) {
+	return r.run(ctx, s, func(b *Box) error { return b.Start(ctx) })
+}
+
+// RunAttached is [Runtime.Run] for a box that is started by [Box.StartAttached].
+func (r *Runtime) RunAttached(ctx context.Context, s Spec, o AttachOptions) (*Box, *Attachment, error) {
+	var a *Attachment
+	b, err := r.run(ctx, s, func(b *Box) (err error) {
+		a, err = b.StartAttached(ctx, o)
+		return err
+	})
+	return b, a, err
+}
+
+func (r *Runtime) run(ctx context.Context, s Spec, start func(*Box) error) (*Box, error) {
 	b, err := r.Create(ctx, s)
 	if err != nil {
 		return nil, err
 	}
-	if err := b.Start(ctx); err != nil {
+	if err := start(b); err != nil {
 		if s.Remove {
 			err = errors.Join(err, ignoreNotFound(b.Remove(context.WithoutCancel(ctx), Force())))
 		}
@@ -63,7 +77,8 @@ func (e *StartError) Error() string { return fmt.Sprintf("box %s: %s", e.Box, e.
 // ExitCode is the exit code for a command line.
 func (e *StartError) ExitCode() int { return e.Code }
 
-// Start starts the box and returns when its main process runs. A box that runs already is left alone.
+// Start starts the box and returns when its main process runs. A box that runs already is left alone. One whose start ctx cuts off is
+// ended again.
 func (b *Box) Start(ctx context.Context) error {
 	return b.exclusive(ctx, func(rec *state.Box) error {
 		return b.start(ctx, rec)
@@ -76,7 +91,11 @@ func (b *Box) start(ctx context.Context, rec *state.Box) error {
 		if rec, err = b.carryOn(ctx, rec); err != nil || rec.Phase.Live() {
 			return err
 		}
-		if err = b.launch(ctx, rec, 0); !errors.Is(err, state.ErrStale) {
+		_, launched, err := b.begin(ctx, rec, shim.Detached)
+		if err == nil {
+			launched.Close()
+		}
+		if !errors.Is(err, state.ErrStale) {
 			return err
 		}
 		// Its shim has just restarted it, or given up to.
@@ -142,7 +161,24 @@ func (b *Box) Restart(ctx context.Context, opts ...StopOption) error {
 	})
 }
 
-// launch starts a new generation, which counts as the given number of restarts. The caller holds the operation lock.
+// begin opens a generation that somebody asked for. If ctx cuts that off it is ended, for nothing must be left half started.
+func (b *Box) begin(ctx context.Context, rec *state.Box, mode shim.Mode) (*state.Box, io.Closer, error) {
+	rec, launched, err := b.open(ctx, rec, mode, startingAnew(0))
+	if err != nil && rec != nil && ctx.Err() != nil {
+		err = b.giveUp(ctx, rec)
+	}
+	return rec, launched, err
+}
+
+// giveUp ends a generation whose beginning ctx has cut off, and returns why. The caller holds the operation lock.
+func (b *Box) giveUp(ctx context.Context, rec *state.Box) error {
+	cause := context.Cause(ctx)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 6*grace)
+	defer cancel()
+	return errors.Join(cause, b.stopForGood(ctx, rec, WithTimeout(0)))
+}
+
+// launch restarts the box by its policy, as the given number of restarts. The caller holds the operation lock.
 func (b *Box) launch(ctx context.Context, rec *state.Box, restarts int) error {
 	_, launched, err := b.open(ctx, rec, shim.Detached, startingAnew(restarts))
 	if err == nil {
@@ -159,8 +195,8 @@ func startingAnew(restarts int) func(*state.Box) {
 	}
 }
 
-// open opens a new generation after change has been made to the record. Unless it is detached, the shim goes on to need the returned
-// connection: until a client has come, or as long as the files are used.
+// open opens a new generation after change has been made to the record, and returns the record with it, in case of failure too. Unless
+// it is detached, the shim goes on to need the returned connection: until a client has come, or as long as the files are used.
 func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change func(*state.Box)) (*state.Box, io.Closer, error) {
 	if rec.Damaged {
 		return nil, nil, fmt.Errorf("box %s cannot be started: %w: its files are in %s: copy what you need, then remove it",
@@ -202,11 +238,11 @@ func (b *Box) open(ctx context.Context, rec *state.Box, mode shim.Mode, change f
 	if err != nil {
 		// The shim is gone or was never there; the record must not say otherwise.
 		_, rerr := b.rt.keeper.Reconcile(context.WithoutCancel(ctx), rec)
-		return nil, nil, errors.Join(err, rerr)
+		return rec, nil, errors.Join(err, rerr)
 	}
 	if !reply.OK {
 		launched.Close()
-		return nil, nil, &StartError{Box: rec.Name, Msg: reply.Error, Code: reply.Code}
+		return rec, nil, &StartError{Box: rec.Name, Msg: reply.Error, Code: reply.Code}
 	}
 	return rec, launched, nil
 }
@@ -286,31 +322,38 @@ func (b *Box) withAgentIn(ctx context.Context, fn func(*wire.Client) error, phas
 
 // connect reaches the supervisor of a box in one of the given phases, and returns the record that it went by.
 func (b *Box) connect(ctx context.Context, phases ...state.Phase) (*state.Box, *wire.Client, error) {
-	rec, err := b.rt.db.Get(ctx, b.id)
-	if err != nil {
-		return nil, nil, err
-	}
-	if slices.Contains(phases, rec.Phase) {
-		if c, err := b.rt.dial(ctx, rec); err == nil {
-			return rec, c, nil
-		}
-	}
-	// The record may be older than the truth.
-	if rec, err = b.rt.refresh(ctx, rec); err != nil {
-		return nil, nil, err
-	}
-	if rec != nil && slices.Contains(phases, rec.Phase) {
-		c, err := b.rt.dial(ctx, rec)
+	var deadline time.Time
+	for {
+		rec, err := b.rt.db.Get(ctx, b.id)
 		if err != nil {
-			return nil, nil, fmt.Errorf("the supervisor of box %s does not answer: see %s: %w", rec.Name, b.rt.home.Box(b.id).ShimLog(), err)
+			return nil, nil, err
 		}
-		return rec, c, nil
+		if !deadline.IsZero() || !slices.Contains(phases, rec.Phase) {
+			if rec, err = b.rt.refresh(ctx, rec); err != nil {
+				return nil, nil, err
+			}
+			if rec == nil {
+				return nil, nil, fmt.Errorf("box %s is gone: %w", b.name, ErrNotFound)
+			}
+			if !slices.Contains(phases, rec.Phase) {
+				return nil, nil, fmt.Errorf("box %s is %s: %w: start it first", b.name, rec.Phase, ErrNotRunning)
+			}
+		}
+		c, err := b.rt.dial(ctx, rec)
+		switch {
+		case err == nil:
+			return rec, c, nil
+		case deadline.IsZero():
+			// The record may be older than the truth, or its shim about to correct it.
+			deadline = time.Now().Add(grace)
+		case ctx.Err() != nil:
+			return nil, nil, ctx.Err()
+		case time.Now().After(deadline):
+			return nil, nil, fmt.Errorf("the supervisor of box %s does not answer: see %s: %w", rec.Name, b.rt.home.Box(b.id).ShimLog(), err)
+		default:
+			time.Sleep(10 * time.Millisecond)
+		}
 	}
-	phase := "gone"
-	if rec != nil {
-		phase = string(rec.Phase)
-	}
-	return nil, nil, fmt.Errorf("box %s is %s: %w: start it first", b.name, phase, ErrNotRunning)
 }
 
 // ErrDetached is what the Read of an attachment's Stdin may return to leave the main process' input open, before the attachment is closed.
@@ -355,22 +398,28 @@ func attach(ctx context.Context, c *wire.Client, o AttachOptions, req shim.Attac
 }
 
 // StartAttached starts the box connected to o: nothing of the main process' output is missed, and its input ends with o.Stdin,
-// unless that is [ErrDetached]. At a terminal, the end of this program is no end of input.
+// unless that is [ErrDetached]. At a terminal, the end of this program is no end of input. If ctx ends before the main process has
+// begun, so does what was started of the box; after that, ctx means nothing to it.
 func (b *Box) StartAttached(ctx context.Context, o AttachOptions) (*Attachment, error) {
 	var a *Attachment
-	err := b.exclusive(ctx, func(rec *state.Box) error {
-		rec, err := b.carryOn(ctx, rec)
+	err := b.exclusive(ctx, func(rec *state.Box) (err error) {
+		rec, err = b.carryOn(ctx, rec)
 		if err != nil {
 			return err
 		}
 		if rec.Phase.Live() {
 			return fmt.Errorf("box %s: %w: attach to it", rec.Name, ErrRunning)
 		}
-		rec, launched, err := b.open(ctx, rec, shim.Attached, startingAnew(0))
+		rec, launched, err := b.begin(ctx, rec, shim.Attached)
 		if err != nil {
 			return err
 		}
 		defer launched.Close()
+		defer func() {
+			if err != nil && ctx.Err() != nil {
+				err = b.giveUp(ctx, rec)
+			}
+		}()
 		c, err := b.rt.dial(ctx, rec)
 		if err != nil {
 			return err

@@ -38,7 +38,10 @@ func (a *app) startCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.foreground(c.Context(), b, t, detaching)
+			return a.foreground(c.Context(), t, detaching, func(ctx context.Context, o coffer.AttachOptions) (*coffer.Box, *coffer.Attachment, error) {
+				att, err := b.StartAttached(ctx, o)
+				return b, att, err
+			})
 		})
 	}
 	return c

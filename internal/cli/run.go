@@ -286,12 +286,9 @@ func (a *app) runCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			b, err := rt.Create(c.Context(), s)
-			if err != nil {
-				t.close()
-				return err
-			}
-			return a.foreground(c.Context(), b, t, detaching)
+			return a.foreground(c.Context(), t, detaching, func(ctx context.Context, o coffer.AttachOptions) (*coffer.Box, *coffer.Attachment, error) {
+				return rt.RunAttached(ctx, s, o)
+			})
 		})
 	}
 	return c
@@ -304,23 +301,27 @@ func needImage(_ *cobra.Command, args []string) error {
 	return nil
 }
 
-// foreground starts a box connected to this terminal and exits with its main process' code.
-func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal, keys []byte) error {
+// foreground has a box started connected to this terminal and exits with its main process' code.
+func (a *app) foreground(ctx context.Context, t *terminal, keys []byte,
+	start func(context.Context, coffer.AttachOptions) (*coffer.Box, *coffer.Attachment, error)) error {
 	defer t.close()
 	run, begun, giveUp := takeover(ctx)
 	defer giveUp(nil)
 	t.detachable(keys, giveUp)
-	att, err := b.StartAttached(run, t.options(false))
+	b, att, err := start(run, t.options(false))
 	begun()
-	if cause := context.Cause(run); err == nil && errors.Is(cause, errInterrupted) {
-		// The start was faster than its interruption, and is not wanted all the same.
-		err = errors.Join(cause, att.Close())
-	}
 	if err != nil {
-		if run.Err() == nil {
-			return err
+		return err
+	}
+	if cause := context.Cause(run); errors.Is(cause, errInterrupted) {
+		// The start was faster than its interruption, and is not wanted all the same.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+		defer cancel()
+		err := b.Stop(ctx, coffer.WithTimeout(0))
+		if errors.Is(err, coffer.ErrNotFound) {
+			err = nil // it was to be removed at its end
 		}
-		return errors.Join(context.Cause(run), abandon(ctx, b))
+		return errors.Join(cause, att.Close(), err)
 	}
 	t.forward(run, att, giveUp)
 	code, err := att.Wait(run)
@@ -346,24 +347,6 @@ func (a *app) foreground(ctx context.Context, b *coffer.Box, t *terminal, keys [
 		return exitError(code)
 	}
 	return nil
-}
-
-// abandon ends a box whose start was interrupted: it must not be left half started.
-func abandon(ctx context.Context, b *coffer.Box) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
-	defer cancel()
-	err := b.Stop(ctx, coffer.WithTimeout(0))
-	if err == nil {
-		// Nobody carries out the --rm of a box that was made and has never run.
-		var info coffer.Info
-		if info, err = b.Info(ctx); err == nil && info.Remove {
-			err = b.Remove(ctx, coffer.Force())
-		}
-	}
-	if errors.Is(err, coffer.ErrNotFound) {
-		return nil
-	}
-	return err
 }
 
 func (a *app) createCmd() *cobra.Command {

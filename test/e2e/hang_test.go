@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ends waits for a command, and fails where it never ends.
@@ -127,6 +129,35 @@ func TestInterruptedStart(t *testing.T) {
 		ends(t, c)
 		until(t, "nothing is left", func() bool { return len(h.left()) == 0 && h.run("ps", "-aq") == "" })
 	}
+}
+
+// TestInterruptedWait: a start that is interrupted while another command works on the box ends nothing that it has not started.
+func TestInterruptedWait(t *testing.T) {
+	h := newHome(t)
+	id := h.run("run", "-d", "--name", "b", "base", "sleep", "1000")
+	lock := filepath.Join(h.dir, "boxes", id, "op.lock")
+	f, err := os.OpenFile(lock, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
+		t.Fatal(err)
+	}
+	c := h.cmd("start", "-a", "b")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // it has come to the lock; where not, this proves less
+	signal(t, c, syscall.SIGTERM)
+	time.Sleep(300 * time.Millisecond) // where it waits for the lock to end the box, it gets it now
+	f.Close()
+	ends(t, c)
+	if got := h.run("exec", "b", "echo", "alive"); got != "alive" {
+		t.Errorf("exec: %q", got)
+	}
+	h.run("rm", "-f", "b")
+	h.noneLeft("after rm -f")
 }
 
 // TestSecondSignal: a command that is busy with what does not end, a pipe that nobody writes here, is ended by a second signal.
