@@ -4,19 +4,13 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"iter"
 	"math"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
 	"time"
 
-	"github.com/coffer-box/coffer/internal/image"
 	"github.com/coffer-box/coffer/internal/lifecycle"
 	"github.com/coffer-box/coffer/internal/logfile"
 	"github.com/coffer-box/coffer/internal/shim"
@@ -294,102 +288,4 @@ func (r *Runtime) Events(ctx context.Context, since time.Time, follow bool) iter
 			}
 		}
 	}
-}
-
-// Image describes an image of the home's store.
-type Image = image.Image
-
-// Images lists the images.
-func (r *Runtime) Images(ctx context.Context) ([]Image, error) { return r.images.List(ctx) }
-
-// LoadImage loads images from an OCI layout, or an archive of one or of `docker save`. An empty path means r.
-func (r *Runtime) LoadImage(ctx context.Context, path string, in io.Reader) ([]Image, error) {
-	return r.images.Load(ctx, image.Source{Path: path, Reader: in}, image.Options{})
-}
-
-// ImportImage makes an image of one layer from a root file system: an archive or a directory. Changes are lines of a Dockerfile
-// that set its configuration ("CMD sh", "ENV A=b").
-func (r *Runtime) ImportImage(ctx context.Context, path string, in io.Reader, ref string, changes []string) (Image, error) {
-	conf, err := image.NewConfig(changes)
-	if err != nil {
-		return Image{}, invalid("%w", err)
-	}
-	return r.images.Import(ctx, image.Source{Path: path, Reader: in}, ref, image.Options{Config: conf})
-}
-
-// RemovedImages is what a removal of images did.
-type RemovedImages = image.Removed
-
-// RemoveImage removes a name of an image, and with the last one the image. Images that boxes were made from are kept.
-func (r *Runtime) RemoveImage(ctx context.Context, ref string) (RemovedImages, error) {
-	return r.images.Remove(ctx, ref, r.imageNeeds)
-}
-
-// PruneImages removes images without a name, or with all every image that no box was made from.
-func (r *Runtime) PruneImages(ctx context.Context, all bool) (RemovedImages, error) {
-	return r.images.Prune(ctx, all, r.imageNeeds)
-}
-
-// imageNeeds tells the image store what the boxes need of it.
-func (r *Runtime) imageNeeds(ctx context.Context) (image.Needs, error) {
-	boxes, err := r.db.List(ctx)
-	if err != nil {
-		return image.Needs{}, err
-	}
-	needs := image.Needs{Images: map[string][]string{}}
-	for _, b := range boxes {
-		if b.Spec.RootfsID == "" {
-			needs.Unknown = true // its record is damaged
-			continue
-		}
-		needs.Images[b.Spec.ImageID] = append(needs.Images[b.Spec.ImageID], b.Name)
-		needs.Rootfs = append(needs.Rootfs, b.Spec.RootfsID)
-	}
-	return needs, nil
-}
-
-// BaseImage is the name of the image that is part of the coffer program.
-const BaseImage = image.BaseName
-
-func (r *Runtime) resolveImage(ctx context.Context, ref string) (Image, error) {
-	if ref == "" {
-		return Image{}, invalid("no image given")
-	}
-	if ref == BaseImage || ref == BaseImage+":latest" {
-		if err := r.ensureBase(ctx); err != nil {
-			return Image{}, err
-		}
-	}
-	img, err := r.images.Resolve(ctx, ref)
-	if errors.Is(err, ErrImageNotFound) {
-		return img, fmt.Errorf("%w: load it with `coffer load` or `coffer import`, or use the image %q that is always there", err, BaseImage)
-	}
-	return img, err
-}
-
-// ensureBase has the helper install its image once per version of the helper, which is known by its file.
-func (r *Runtime) ensureBase(ctx context.Context) error {
-	helper, err := r.helperPath()
-	if err != nil {
-		return err
-	}
-	st, err := os.Stat(helper)
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNoHelper, err)
-	}
-	mark, _ := json.Marshal([]any{helper, st.Size(), st.ModTime().UnixNano()})
-	path := filepath.Join(r.home.Images(), ".base-of")
-	if have, err := os.ReadFile(path); err == nil && string(have) == string(mark) {
-		if _, err := r.images.Resolve(ctx, BaseImage); err == nil {
-			return nil
-		}
-	}
-	cmd := exec.CommandContext(ctx, helper, image.InstallBaseArg, r.home.Root)
-	var msg strings.Builder
-	cmd.Stderr = &msg
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("install the image %s: %s: %w", BaseImage, strings.TrimSpace(msg.String()), err)
-	}
-	// A torn mark only costs another run.
-	return os.WriteFile(path, mark, 0o600)
 }

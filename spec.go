@@ -28,6 +28,8 @@ import (
 // Spec describes a box to create. Only Image is needed; what is left empty comes from the image.
 type Spec struct {
 	Image      string
+	Platform   string            // os/arch[/variant] of the image; empty: this host's, and nothing else runs
+	Pull       string            // PullMissing (or empty), PullAlways, PullNever
 	Name       string            // empty: one is made up
 	Entrypoint []string          // nil: the image's
 	Cmd        []string          // arguments after the entrypoint; nil: the image's, unless Entrypoint is given
@@ -55,6 +57,9 @@ type Spec struct {
 	Restart     Restart
 	Timeout     time.Duration // the main process is stopped after this time; 0: never
 	Engine      string        // empty or "auto": the best that works here
+
+	// PullProgress is called while the image is pulled, by one goroutine at a time.
+	PullProgress func(PullProgress)
 }
 
 // Rlimit is one resource limit of the main process, by its name without RLIMIT_ and in lower case.
@@ -102,7 +107,7 @@ func (r *Runtime) Create(ctx context.Context, s Spec) (*Box, error) {
 	if err != nil {
 		return nil, err
 	}
-	img, err := r.resolveImage(ctx, s.Image)
+	img, err := r.resolveImage(ctx, s)
 	if err != nil {
 		return nil, err
 	}

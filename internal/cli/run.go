@@ -29,6 +29,8 @@ type boxFlags struct {
 	stopTimeout                                    int
 	timeout                                        time.Duration
 	tty, stdin, rm, readOnly, bestEffort           bool
+	pull                                           string
+	pulling                                        pullFlags
 }
 
 func (o *boxFlags) add(f *pflag.FlagSet) {
@@ -57,11 +59,14 @@ func (o *boxFlags) add(f *pflag.FlagSet) {
 	f.BoolVarP(&o.stdin, "interactive", "i", false, "connect standard input")
 	f.BoolVar(&o.rm, "rm", false, "remove the box when its main process has ended")
 	f.BoolVar(&o.readOnly, "read-only", false, "make the root file system read-only")
+	f.StringVar(&o.pull, "pull", coffer.PullMissing, "when to pull the image: missing, always, never")
+	o.pulling.add(f)
 }
 
-func (o *boxFlags) spec(f *pflag.FlagSet, args []string) (coffer.Spec, error) {
+func (o *boxFlags) spec(a *app, f *pflag.FlagSet, args []string) (coffer.Spec, error) {
 	s := coffer.Spec{Image: args[0], Name: o.name, Dir: o.dir, User: o.user, Hostname: o.hostname, TTY: o.tty, Stdin: o.stdin, CPUs: o.cpus,
-		PIDs: o.pids, BestEffort: o.bestEffort, ReadOnly: o.readOnly, StopSignal: o.stopSignal, Remove: o.rm, Timeout: o.timeout, Engine: o.engine}
+		PIDs: o.pids, BestEffort: o.bestEffort, ReadOnly: o.readOnly, StopSignal: o.stopSignal, Remove: o.rm, Timeout: o.timeout, Engine: o.engine,
+		Pull: o.pull, Platform: o.pulling.platform}
 	if len(args) > 1 {
 		s.Cmd = args[1:]
 	}
@@ -87,6 +92,9 @@ func (o *boxFlags) spec(f *pflag.FlagSet, args []string) (coffer.Spec, error) {
 		}
 	}
 	var err error
+	if s.PullProgress, err = a.progress(o.pulling.progress); err != nil {
+		return s, err
+	}
 	if s.Env, err = environment(o.env, o.envFiles); err != nil {
 		return s, err
 	}
@@ -269,7 +277,7 @@ func (a *app) runCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		s, err := o.spec(c.Flags(), args)
+		s, err := o.spec(a, c.Flags(), args)
 		if err != nil {
 			return err
 		}
@@ -354,7 +362,7 @@ func (a *app) createCmd() *cobra.Command {
 	c := a.images(&cobra.Command{Use: "create [flags] IMAGE [COMMAND [ARG...]]", Short: "Create a box without starting it", Args: needImage})
 	o.add(c.Flags())
 	c.RunE = func(c *cobra.Command, args []string) error {
-		s, err := o.spec(c.Flags(), args)
+		s, err := o.spec(a, c.Flags(), args)
 		if err != nil {
 			return err
 		}

@@ -3,6 +3,7 @@ package image
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/bzip2"
 	"context"
 	"crypto/sha256"
@@ -77,6 +78,8 @@ func (b *builder) close() {
 type layerSpec struct {
 	desc v1.Descriptor // as its manifest says; without a digest the layer may be stored in another compression
 	diff v1.Hash       // of the unpacked layer
+	// staged is set for a layer whose blob somebody else stages and checks, and waits until that is done.
+	staged func() error
 }
 
 // add takes the next layer from src.
@@ -89,38 +92,59 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	if len(b.diffs) >= b.limits.Layers {
 		return fmt.Errorf("more than %d layers: %w", b.limits.Layers, ErrTooLarge)
 	}
-	blob, err := b.st.temp()
+	keep := &blobKeeper{want: want}
+	if want.staged == nil {
+		if keep.f, err = b.st.temp(); err != nil {
+			return err
+		}
+		defer keep.f.Close()
+		keep.w, keep.hash = bufio.NewWriterSize(keep.f, 256<<10), sha256.New()
+	}
+	diff := sha256.New()
+	if err := b.unpack(ctx, src, keep, diff); err != nil {
+		if want.staged != nil && !errors.Is(err, ErrTooLarge) {
+			// What was damaged on its way unfolds to nonsense, but that is not what is wrong.
+			err = cmp.Or(want.staged(), err)
+		}
+		return err
+	}
+	got := sumHash(diff)
+	if (want.diff != v1.Hash{}) && want.diff != got {
+		return fmt.Errorf("%w: unpacked it is %s, the configuration says %s", ErrDigest, got, want.diff)
+	}
+	desc, err := keep.done(b.st)
 	if err != nil {
 		return err
 	}
-	defer blob.Close()
-	out := &blobWriter{f: bufio.NewWriterSize(blob, 256<<10), hash: sha256.New()}
+	b.layers = append(b.layers, desc)
+	b.diffs = append(b.diffs, got)
+	return nil
+}
 
+// unpack merges a layer into the tree, hashes what it unfolds to, and has it kept.
+func (b *builder) unpack(ctx context.Context, src io.Reader, keep *blobKeeper, diff hash.Hash) error {
 	in := bufio.NewReaderSize(src, 256<<10)
-	kind, err := compressionOf(in)
-	if err != nil {
+	var err error
+	if keep.kind, err = compressionOf(in); err != nil {
 		return err
 	}
-	// Without a digest to keep, the copy is made small, and into what a manifest has a name for.
-	recompress := kind != "gzip" && kind != "zstd" && want.desc.Digest == v1.Hash{}
 	var packed io.Reader = in
-	if !recompress {
-		packed = io.TeeReader(in, out)
+	if keep.asIs() {
+		packed = io.TeeReader(in, keep)
 	}
-	plain, closePlain, err := unpack(packed, kind)
+	plain, closePlain, err := unpack(packed, keep.kind)
 	if err != nil {
 		return err
 	}
 	defer closePlain()
 	var enc *zstd.Encoder
-	if recompress {
-		if enc, err = zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedFastest)); err != nil {
+	if keep.recompress() {
+		if enc, err = zstd.NewWriter(keep, zstd.WithEncoderLevel(zstd.SpeedFastest)); err != nil {
 			return err
 		}
 		defer enc.Close()
 		plain = io.TeeReader(plain, enc)
 	}
-	diff := sha256.New()
 	ahead := newReadAhead(ctx, plain)
 	defer ahead.close()
 	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw}
@@ -135,42 +159,57 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 		return err
 	}
 	ahead.close()
-	if !recompress {
-		// A decompressor may stop at the end of its stream.
-		if err := drain(ctx, packed); err != nil {
-			return err
-		}
-	} else if err := enc.Close(); err != nil {
-		return err
-	}
 	b.raw += counted.n
-	if err := out.f.Flush(); err != nil {
-		return err
+	if enc != nil {
+		return enc.Close()
 	}
-	return b.addDone(blob, out, diff, kind, want)
+	// A decompressor may stop at the end of its stream.
+	return drain(ctx, packed)
 }
 
-// addDone checks the digests of a layer that was read to its end, and keeps it.
-func (b *builder) addDone(blob *os.File, out *blobWriter, diff hash.Hash, kind string, want layerSpec) error {
-	got, gotDiff := sumHash(out.hash), sumHash(diff)
-	if (want.diff != v1.Hash{}) && want.diff != gotDiff {
-		return fmt.Errorf("%w: unpacked it is %s, the configuration says %s", ErrDigest, gotDiff, want.diff)
+// blobKeeper keeps the blob of a layer that is being unpacked.
+type blobKeeper struct {
+	want layerSpec
+	kind string // of compression, as it comes
+	// Of a blob that is not staged by somebody else.
+	f    *os.File
+	w    *bufio.Writer
+	hash hash.Hash
+	n    int64
+}
+
+func (k *blobKeeper) recompress() bool {
+	// Without a digest to keep, the copy is made small, and into what a manifest has a name for.
+	return k.f != nil && k.kind != "gzip" && k.kind != "zstd" && k.want.desc.Digest == v1.Hash{}
+}
+
+func (k *blobKeeper) asIs() bool { return k.f != nil && !k.recompress() }
+
+func (k *blobKeeper) Write(p []byte) (int, error) {
+	k.hash.Write(p)
+	k.n += int64(len(p))
+	return k.w.Write(p)
+}
+
+// done checks the blob's digest, gives it its place and describes it.
+func (k *blobKeeper) done(st *stage) (v1.Descriptor, error) {
+	desc := k.want.desc
+	if k.f == nil {
+		return desc, k.want.staged()
 	}
-	desc := want.desc
+	if err := k.w.Flush(); err != nil {
+		return desc, err
+	}
+	got := sumHash(k.hash)
 	if desc.Digest == (v1.Hash{}) {
-		desc = v1.Descriptor{MediaType: types.OCILayerZStd, Digest: got, Size: out.n}
-		if kind == "gzip" {
+		desc = v1.Descriptor{MediaType: types.OCILayerZStd, Digest: got, Size: k.n}
+		if k.kind == "gzip" {
 			desc.MediaType = types.OCILayer
 		}
 	} else if desc.Digest != got {
-		return fmt.Errorf("%w: it is %s, the manifest says %s", ErrDigest, got, desc.Digest)
+		return desc, fmt.Errorf("%w: it is %s, the manifest says %s", ErrDigest, got, desc.Digest)
 	}
-	if err := b.st.keep(blob, blobPlace(desc.Digest.String())); err != nil {
-		return err
-	}
-	b.layers = append(b.layers, desc)
-	b.diffs = append(b.diffs, gotDiff)
-	return nil
+	return desc, st.keep(k.f, blobPlace(desc.Digest.String()))
 }
 
 // finish writes the root file system. It returns its size.
@@ -245,19 +284,6 @@ func (b *builder) knownSize(id string) (int64, error) {
 		return 0, err
 	}
 	return fi.Size(), nil
-}
-
-// blobWriter writes a blob and hashes it.
-type blobWriter struct {
-	f    *bufio.Writer
-	hash hash.Hash
-	n    int64
-}
-
-func (w *blobWriter) Write(p []byte) (int, error) {
-	w.hash.Write(p)
-	w.n += int64(len(p))
-	return w.f.Write(p)
 }
 
 // compressionOf looks at the first bytes of a stream. Empty: none that is known.

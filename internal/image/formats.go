@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 	"strings"
 
@@ -82,11 +81,58 @@ func dockerImages(c container, b []byte) ([]found, error) {
 	if err != nil {
 		return nil, err
 	}
+	manifests := manifestsBeside(c)
 	imgs := make([]found, 0, len(list))
 	for _, m := range list {
-		imgs = append(imgs, found{names: m.RepoTags, read: func() (description, error) { return readDocker(c, m) }})
+		imgs = append(imgs, found{names: m.RepoTags, read: func() (description, error) {
+			d, err := readDocker(c, m)
+			if err != nil {
+				return d, err
+			}
+			// With it the image keeps the digest that registries know it by.
+			h, ok := manifests[hashBytes(d.rawConf)]
+			if whole, err := h.image(); ok && err == nil && len(whole.layers) == len(d.layers) {
+				return whole, nil
+			}
+			return d, nil
+		}})
 	}
 	return imgs, nil
+}
+
+// beside is a manifest in the second description that recent `docker save` writes.
+type beside struct {
+	l      *layoutReader
+	digest v1.Hash
+}
+
+func (b beside) image() (description, error) {
+	if b.l == nil {
+		return description{}, ErrFormat
+	}
+	return b.l.image(b.digest)
+}
+
+// manifestsBeside finds the manifests that an archive of `docker save` holds, by the digests of their configurations. What is wrong
+// with them is none of the first description's business.
+func manifestsBeside(c container) map[v1.Hash]beside {
+	out := map[v1.Hash]beside{}
+	b, err := readFile(c, fileIndex, maxManifest)
+	if err != nil {
+		return out
+	}
+	l := newLayoutReader(func(h v1.Hash, limit int64) ([]byte, error) { return readFile(c, blobName(h), limit) }, Host())
+	if l.walk(b, nil, 0) != nil {
+		return out
+	}
+	for _, cand := range l.all {
+		if raw, err := l.blob(cand.digest, maxManifest); err == nil {
+			if m, err := parseManifest(raw); err == nil {
+				out[m.Config.Digest] = beside{l, cand.digest}
+			}
+		}
+	}
+	return out
 }
 
 // readDocker reads what describes one image of `docker save`.
@@ -163,12 +209,17 @@ type candidate struct {
 // layoutImages lists the images of an OCI layout. What an index offers for several platforms under one name is one image: that
 // for this host.
 func layoutImages(c container, b []byte) ([]found, error) {
-	l := layoutReader{c: c, path: map[v1.Hash]bool{}}
+	l := newLayoutReader(func(h v1.Hash, limit int64) ([]byte, error) { return readFile(c, blobName(h), limit) }, Host())
+	return l.images(b)
+}
+
+// images lists the images of an index.
+func (l *layoutReader) images(b []byte) ([]found, error) {
 	if err := l.walk(b, nil, 0); err != nil {
 		return nil, err
 	}
 	if len(l.all) == 0 {
-		return nil, fmt.Errorf("%w: the layout's index lists no image", ErrFormat)
+		return nil, fmt.Errorf("%w: its index lists no image", ErrFormat)
 	}
 	var imgs []found
 	var others []string
@@ -192,7 +243,7 @@ func layoutImages(c container, b []byte) ([]found, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := checkPlatform(d.config); err != nil && len(l.all) > 1 {
+		if !l.want.fits(d.config.OS, d.config.Architecture, "") && len(l.all) > 1 {
 			others = append(others, platformName(d.config.OS, d.config.Architecture))
 			continue
 		}
@@ -204,13 +255,9 @@ func layoutImages(c container, b []byte) ([]found, error) {
 	}
 	if len(imgs) == 0 {
 		slices.Sort(others)
-		return nil, fmt.Errorf("it holds nothing for linux/%s, only %s", runtime.GOARCH, strings.Join(slices.Compact(others), ", "))
+		return nil, fmt.Errorf("it holds nothing for %s, only %s", l.want, strings.Join(slices.Compact(others), ", "))
 	}
 	return imgs, nil
-}
-
-func runsHere(p *v1.Platform) bool {
-	return (p.OS == "" || p.OS == "linux") && (p.Architecture == "" || p.Architecture == runtime.GOARCH)
 }
 
 // platformName makes a source's words for a platform fit for a message.
@@ -232,10 +279,15 @@ func layoutNames(ref string) ([]string, error) {
 
 // layoutReader goes through the indexes of a layout.
 type layoutReader struct {
-	c    container
+	read func(h v1.Hash, limit int64) ([]byte, error)
+	want Platform
 	path map[v1.Hash]bool // indexes on the way to the present one, which may not hold them; two may hold a third, under two names
-	read int              // manifests and indexes so far
+	seen int              // manifests and indexes so far
 	all  []candidate
+}
+
+func newLayoutReader(read func(v1.Hash, int64) ([]byte, error), want Platform) *layoutReader {
+	return &layoutReader{read: read, want: want, path: map[v1.Hash]bool{}}
 }
 
 // parseIndex reads one index.
@@ -264,7 +316,7 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 		if d.Annotations[annotationProof] != "" || d.Platform != nil && d.Platform.OS == "unknown" {
 			continue
 		}
-		if l.read++; l.read > maxImages {
+		if l.seen++; l.seen > maxImages {
 			return fmt.Errorf("more than %d manifests: %w", maxImages, ErrTooLarge)
 		}
 		own := names
@@ -292,7 +344,7 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 			delete(l.path, d.Digest)
 		case d.MediaType.IsImage() || d.MediaType == "":
 			cand := candidate{digest: d.Digest, names: own}
-			if p := d.Platform; p != nil && !runsHere(p) {
+			if p := d.Platform; p != nil && !l.want.fits(p.OS, p.Architecture, p.Variant) {
 				cand.platform = platformName(p.OS, p.Architecture)
 			}
 			l.all = append(l.all, cand)
@@ -306,7 +358,7 @@ func blobName(h v1.Hash) string { return "blobs/sha256/" + h.Hex }
 
 // blob reads a small blob and checks it.
 func (l *layoutReader) blob(h v1.Hash, limit int64) ([]byte, error) {
-	b, err := readFile(l.c, blobName(h), limit)
+	b, err := l.read(h, limit)
 	if err != nil {
 		return nil, err
 	}

@@ -2,8 +2,8 @@
 // box starts from, one read-only EROFS file and a configuration.
 //
 // Nothing of an image is ever unpacked on the host. Layers are merged in memory by name while their contents stream into the
-// image file, so a hostile path, link or device has nothing to act on. The package reaches no registry, starts no box and knows
-// no engine.
+// image file, so a hostile path, link or device has nothing to act on. The package reaches registries only through what it is given
+// ([Remote]), starts no box and knows no engine.
 //
 // # On disk
 //
@@ -16,6 +16,8 @@
 //	rootfs/<id>.erofs     root file systems; the id is made of the layers, so images with the same layers share one
 //	rootfs/<id>.extra     attributes and devices of that root, as a JSON list; gVisor reads none of them from EROFS
 //	tmp/<random>/         one load at work; its lock file is held by the one who writes there
+//	pull/<hex>.part       a blob on its way from a registry, flock(2)ed by the one who fetches it; a next pull goes on with it
+//	pull/<hex>.lock       flock(2)ed by the pull of what has this digest, so that others need not do the same
 //
 // A load writes and syncs everything in its own directory under tmp, then takes the lock, renames the files to their places and
 // replaces the index. Whoever dies before leaves a directory with a free lock, which the next change of the store sweeps away.
@@ -68,8 +70,9 @@ func (e *InUseError) Error() string {
 
 // Image is one image of the store.
 type Image struct {
-	ID       string        `json:"id"`    // digest of the configuration, "sha256:…"
-	Names    []string      `json:"names"` // in the short form, with tags, sorted; empty for an image that lost its name
+	ID       string        `json:"id"`                // digest of the configuration, "sha256:…"
+	Names    []string      `json:"names"`             // in the short form, with tags, sorted; empty for an image that lost its name
+	Digests  []string      `json:"digests,omitempty"` // in the short form: what registries gave it as, "debian@sha256:…"
 	Created  time.Time     `json:"created"`
 	Size     int64         `json:"size"` // bytes of the root file system
 	Config   v1.ConfigFile `json:"config"`
@@ -127,7 +130,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	if _, err := os.Stat(s.path("tmp")); err == nil {
 		return s, nil // tmp is made last
 	}
-	for _, d := range []string{"blobs/sha256", "rootfs", "tmp"} {
+	for _, d := range []string{"blobs/sha256", "rootfs", "pull", "tmp"} {
 		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
 			return nil, fmt.Errorf("open image store: %w", err)
 		}
@@ -249,7 +252,7 @@ func (s *Store) List(ctx context.Context) ([]Image, error) {
 // image completes an entry of the index with the configuration. What the index says comes with an error, too.
 func (s *Store) image(e *entry) (Image, error) {
 	img := Image{
-		ID: e.ID, Names: shortNames(e.Names), Created: e.Created, Size: e.Size, Manifest: e.Manifest, RootfsID: e.Rootfs, Layers: e.Layers,
+		ID: e.ID, Names: shortNames(e.Names), Digests: shortNames(e.Digests), Created: e.Created, Size: e.Size, Manifest: e.Manifest, RootfsID: e.Rootfs, Layers: e.Layers,
 	}
 	slices.Sort(img.Names)
 	b, err := readBounded(s.blobPath(e.ID), maxConfig)

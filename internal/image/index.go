@@ -21,8 +21,11 @@ const indexVersion = 1
 
 // entry is one image in the index.
 type entry struct {
-	ID       string    `json:"id"`
-	Names    []string  `json:"names,omitempty"` // in full
+	ID    string   `json:"id"`
+	Names []string `json:"names,omitempty"` // in full
+	// Digests are the names with digests by which registries gave it, "docker.io/library/debian@sha256:…", in full. They are of what the
+	// registry has under a tag, which may be an index of several platforms.
+	Digests  []string  `json:"digests,omitempty"`
 	Created  time.Time `json:"created,omitzero"`
 	Size     int64     `json:"size"`
 	Manifest string    `json:"manifest"`
@@ -107,7 +110,7 @@ func (idx *index) find(ref string) (*entry, error) {
 			if slices.Contains(idx.Images[i].Names, full) {
 				return &idx.Images[i], nil
 			}
-			if name.Digest != "" && idx.Images[i].Manifest == name.Digest {
+			if name.Digest != "" && (idx.Images[i].Manifest == name.Digest || slices.Contains(idx.Images[i].Digests, name.canonical(name.Digest))) {
 				return &idx.Images[i], nil
 			}
 		}
@@ -145,13 +148,13 @@ func (idx *index) byID(id string) *entry {
 
 // put adds an image or renews it, and takes its names from whoever had them.
 func (idx *index) put(e entry) *entry {
-	names := slices.Clone(e.Names) // put edits the lists in place
+	names, digests := slices.Clone(e.Names), slices.Clone(e.Digests) // put edits the lists in place
 	old := idx.byID(e.ID)
 	if old == nil {
 		idx.Images = append(idx.Images, e)
 		old = &idx.Images[len(idx.Images)-1]
 	} else {
-		e.Names = old.Names
+		e.Names, e.Digests = old.Names, old.Digests
 		if e.Source == "" {
 			e.Source = old.Source
 		}
@@ -160,10 +163,15 @@ func (idx *index) put(e entry) *entry {
 	for i := range idx.Images {
 		idx.Images[i].Names = slices.DeleteFunc(idx.Images[i].Names, func(n string) bool { return slices.Contains(names, n) })
 	}
-	old.Names = append(old.Names, names...)
-	slices.Sort(old.Names)
-	old.Names = slices.Compact(old.Names)
+	old.Names, old.Digests = union(old.Names, names), union(old.Digests, digests)
 	return old
+}
+
+// union is both lists in one, sorted, with everything once.
+func union(a, b []string) []string {
+	a = append(a, b...)
+	slices.Sort(a)
+	return slices.Compact(a)
 }
 
 // lock takes the lock of the store. It is the only one in this package that is waited for; the locks below tmp are only tried.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -102,7 +101,7 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 			return nil, err
 		}
 		opts.Limits.Metadata = max(1, meta.left)
-		e, err := s.loadOne(ctx, st, c, d, opts)
+		e, err := s.loadOne(ctx, st, containerLayers{c}, d, opts, Host())
 		if err != nil {
 			return nil, err
 		}
@@ -112,8 +111,26 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 	return st.commit(ctx, entries)
 }
 
+// layerSource is where the layers of an image come from.
+type layerSource interface {
+	// begin is called when the layers will be asked for, in their order.
+	begin(ctx context.Context, d description)
+	// layer opens one of them; staged is as in layerSpec.
+	layer(ctx context.Context, d description, i int) (r io.ReadCloser, staged func() error, err error)
+}
+
+// containerLayers are the layers of a container.
+type containerLayers struct{ c container }
+
+func (containerLayers) begin(context.Context, description) {}
+
+func (l containerLayers) layer(_ context.Context, d description, i int) (io.ReadCloser, func() error, error) {
+	r, err := l.c.open(d.layers[i])
+	return r, nil, err
+}
+
 // loadOne stages one image.
-func (s *Store) loadOne(ctx context.Context, st *stage, c container, im description, opts Options) (entry, error) {
+func (s *Store) loadOne(ctx context.Context, st *stage, src layerSource, im description, opts Options, p Platform) (entry, error) {
 	id := hashBytes(im.rawConf)
 	if old, ok := s.haveAll(st, id.String()); ok {
 		// The id is the digest of the configuration, which names every layer: there is nothing that could differ.
@@ -123,8 +140,8 @@ func (s *Store) loadOne(ctx context.Context, st *stage, c container, im descript
 	if len(diffs) != len(im.layers) {
 		return entry{}, fmt.Errorf("image %s has %d layers, its configuration names %d: %w", ShortID(id.String()), len(im.layers), len(diffs), ErrFormat)
 	}
-	if err := checkPlatform(im.config); err != nil {
-		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
+	if err := p.Check(im.config); err != nil {
+		return entry{}, fmt.Errorf("image %s: %w; load one for this platform", ShortID(id.String()), err)
 	}
 	rid := rootfsID(diffs)
 	b, err := newBuilder(st, opts, st.shareRootfs(rid))
@@ -132,12 +149,13 @@ func (s *Store) loadOne(ctx context.Context, st *stage, c container, im descript
 		return entry{}, err
 	}
 	defer b.close()
-	for i, name := range im.layers {
+	src.begin(ctx, im)
+	for i := range im.layers {
 		want := layerSpec{diff: diffs[i]}
 		if im.manifest != nil {
 			want.desc = im.manifest.Layers[i]
 		}
-		if err := addFrom(ctx, b, c, name, want); err != nil {
+		if err := addFrom(ctx, b, src, im, i, want); err != nil {
 			return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
 		}
 	}
@@ -208,13 +226,14 @@ func (s *Store) manifest(e *entry) (*v1.Manifest, error) {
 	return m, nil
 }
 
-func addFrom(ctx context.Context, b *builder, c container, name string, want layerSpec) error {
-	f, err := c.open(name)
+func addFrom(ctx context.Context, b *builder, src layerSource, im description, i int, want layerSpec) error {
+	r, staged, err := src.layer(ctx, im, i)
 	if err != nil {
-		return fmt.Errorf("layer %d: %w", len(b.diffs)+1, err)
+		return fmt.Errorf("layer %d: %w", i+1, err)
 	}
-	defer f.Close()
-	return b.add(ctx, f, want)
+	defer r.Close()
+	want.staged = staged
+	return b.add(ctx, r, want)
 }
 
 // makeManifest describes an image that came without a manifest.
@@ -229,14 +248,6 @@ func makeManifest(id v1.Hash, conf []byte, layers []v1.Descriptor) ([]byte, erro
 		return nil, fmt.Errorf("make manifest: %w", err)
 	}
 	return b, nil
-}
-
-// checkPlatform refuses an image whose programs cannot run here. One that does not say is taken at its word.
-func checkPlatform(c *v1.ConfigFile) error {
-	if c.OS != "" && c.OS != "linux" || c.Architecture != "" && c.Architecture != runtime.GOARCH {
-		return fmt.Errorf("it is for %s, this host runs linux/%s; load one for this platform", platformName(c.OS, c.Architecture), runtime.GOARCH)
-	}
-	return nil
 }
 
 func fullNames(names []string) ([]string, error) {

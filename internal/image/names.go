@@ -99,6 +99,15 @@ func (n Name) Short() string {
 	return n.suffix(strings.TrimPrefix(n.Path, officialPath))
 }
 
+// tagged is the name without its digest, in full.
+func (n Name) tagged() string {
+	n.Digest = ""
+	return n.String()
+}
+
+// canonical is the name by which the repository has what has this digest.
+func (n Name) canonical(digest string) string { return n.Registry + "/" + n.Path + "@" + digest }
+
 func (n Name) suffix(s string) string {
 	if n.Tag != "" {
 		s += ":" + n.Tag

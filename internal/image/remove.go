@@ -94,7 +94,7 @@ func (s *Store) Prune(ctx context.Context, all bool, boxes NeedsFunc) (Removed, 
 	if err != nil {
 		return Removed{}, err
 	}
-	var res Removed
+	res := Removed{Freed: s.sweepPulls()}
 	err = s.giveBack(idx, needs, &res)
 	var names, ids []string
 	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool {

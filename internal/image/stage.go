@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/coffer-box/coffer/internal/disk"
 )
@@ -17,6 +18,8 @@ type stage struct {
 	s    *Store
 	dir  string
 	lock *os.File
+
+	mu   sync.Mutex        // layers may be fetched while others are unpacked
 	made map[string]string // place in the store → file in the stage
 }
 
@@ -111,8 +114,33 @@ func (st *stage) keep(f *os.File, place string) error {
 }
 
 func (st *stage) adopt(file, place string) error {
+	return st.put(place, func(to string) error { return os.Rename(file, to) })
+}
+
+// link is adopt for a file that keeps its name.
+func (st *stage) link(file, place string) error {
+	return st.put(place, func(to string) error {
+		err := os.Link(file, to)
+		if errors.Is(err, fs.ErrExist) {
+			err = errors.Join(os.Remove(to), os.Link(file, to))
+		}
+		return err
+	})
+}
+
+// forget lets go of all that was shared or made.
+func (st *stage) forget() {
+	for place, file := range st.made {
+		_ = os.Remove(file)
+		delete(st.made, place)
+	}
+}
+
+func (st *stage) put(place string, move func(to string) error) error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
 	to := filepath.Join(st.dir, strings.ReplaceAll(place, "/", "_"))
-	if err := os.Rename(file, to); err != nil {
+	if err := move(to); err != nil {
 		return err
 	}
 	st.made[place] = to
@@ -134,15 +162,10 @@ func (st *stage) keepBytes(b []byte, place string) error {
 
 // share takes a file that the store has, and says if it has it.
 func (st *stage) share(place string) bool {
-	if _, ok := st.made[place]; ok {
-		return true
-	}
-	to := filepath.Join(st.dir, strings.ReplaceAll(place, "/", "_"))
-	if err := os.Link(st.s.path(place), to); err != nil {
-		return false
-	}
-	st.made[place] = to
-	return true
+	st.mu.Lock()
+	_, ok := st.made[place]
+	st.mu.Unlock()
+	return ok || st.link(st.s.path(place), place) == nil
 }
 
 // shareRootfs takes a root file system that the store has whole. A removal may take it away between the one file and the other, and

@@ -1,0 +1,155 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+
+	"github.com/docker/cli/cli/config"
+	"github.com/docker/cli/cli/config/configfile"
+	"github.com/docker/cli/cli/config/types"
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+)
+
+// Login tries credentials on a registry and keeps those that are taken: in Docker's configuration, or its credential helper, where
+// there is one, else in auth.json. It returns the file.
+func (c *Client) Login(ctx context.Context, registry, user, password string) (string, error) {
+	e, err := c.endpoint(apiHost(registry), "x")
+	if err != nil {
+		return "", err
+	}
+	auth := authn.FromConfig(authn.AuthConfig{Username: user, Password: password})
+	if err := c.check(ctx, e.repo.Registry, auth); err != nil {
+		return "", err
+	}
+	cf, err := c.credentials()
+	if err != nil {
+		return "", err
+	}
+	key := authKey(registry)
+	if err := cf.GetCredentialsStore(key).Store(types.AuthConfig{ServerAddress: key, Username: user, Password: password}); err != nil {
+		return "", fmt.Errorf("keep the credentials for %s: %w", registry, err)
+	}
+	return cf.Filename, nil
+}
+
+// check asks a registry if it takes credentials.
+func (c *Client) check(ctx context.Context, reg name.Registry, auth authn.Authenticator) error {
+	denied := func() error { return fmt.Errorf("%w: %s does not take this name and password", ErrDenied, reg) }
+	t, err := transport.NewWithContext(ctx, reg, auth, c.hosts, nil)
+	var te *transport.Error
+	if errors.As(err, &te) && (te.StatusCode == http.StatusUnauthorized || te.StatusCode == http.StatusForbidden) {
+		return denied()
+	}
+	if err != nil {
+		return c.explain(reg.RegistryStr(), err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, reg.Scheme()+"://"+reg.RegistryStr()+"/v2/", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := (&http.Client{Transport: t}).Do(req)
+	if err != nil {
+		return c.explain(reg.RegistryStr(), err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden {
+		return denied()
+	}
+	return nil
+}
+
+// Logout forgets the credentials for a registry, and tells if there were any.
+func (c *Client) Logout(registry string) (bool, error) {
+	key, found := authKey(registry), false
+	cf, err := c.credentials()
+	if err != nil {
+		return false, err
+	}
+	files := []*configfile.ConfigFile{cf}
+	if own := c.authFile(); cf.Filename != own {
+		if cf, err := readAuth(own); err == nil {
+			files = append(files, cf)
+		}
+	}
+	for _, cf := range files {
+		store := cf.GetCredentialsStore(key)
+		if have, err := store.Get(key); err != nil || have.Username == "" && have.IdentityToken == "" && have.RegistryToken == "" {
+			continue
+		}
+		if err := store.Erase(key); err != nil {
+			return found, fmt.Errorf("forget the credentials for %s: %w", registry, err)
+		}
+		found = true
+	}
+	return found, nil
+}
+
+// authKey is what Docker calls a registry in its configuration.
+func authKey(registry string) string {
+	if registry == DockerHub {
+		return authn.DefaultAuthKey
+	}
+	return registry
+}
+
+func (c *Client) authFile() string { return filepath.Join(c.cfg.Dir, "auth.json") }
+
+// credentials opens Docker's configuration, or for want of one our own.
+func (c *Client) credentials() (*configfile.ConfigFile, error) {
+	docker := filepath.Join(config.Dir(), config.ConfigFileName)
+	if _, err := os.Stat(docker); err == nil {
+		cf, err := config.Load(config.Dir())
+		if err != nil {
+			return nil, fmt.Errorf("Docker's configuration: %w", err)
+		}
+		return cf, nil
+	}
+	return readAuth(c.authFile())
+}
+
+func readAuth(path string) (*configfile.ConfigFile, error) {
+	cf := configfile.New(path)
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return cf, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("credentials: %w", err)
+	}
+	defer f.Close()
+	if err := cf.LoadFromReader(f); err != nil {
+		return nil, fmt.Errorf("credentials in %s: %w", path, err)
+	}
+	return cf, nil
+}
+
+// fileKeychain looks into a file in Docker's format.
+type fileKeychain struct{ path string }
+
+// Resolve implements [authn.Keychain].
+func (k fileKeychain) Resolve(target authn.Resource) (authn.Authenticator, error) {
+	cf, err := readAuth(k.path)
+	if err != nil {
+		return nil, err
+	}
+	key := target.RegistryStr()
+	if key == name.DefaultRegistry {
+		key = authn.DefaultAuthKey
+	}
+	have, err := cf.GetAuthConfig(key)
+	if err != nil {
+		return nil, err
+	}
+	a := authn.AuthConfig{Username: have.Username, Password: have.Password, Auth: have.Auth, IdentityToken: have.IdentityToken, RegistryToken: have.RegistryToken}
+	if a == (authn.AuthConfig{}) {
+		return authn.Anonymous, nil
+	}
+	return authn.FromConfig(a), nil
+}
