@@ -11,8 +11,9 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/coffer-box/coffer/internal/assets"
+	"github.com/coffer-box/coffer/internal/courier"
 	"github.com/coffer-box/coffer/internal/image"
-	"github.com/coffer-box/coffer/internal/registry"
 )
 
 // Image describes an image of the home's store.
@@ -144,47 +145,41 @@ type PullOptions struct {
 // Nothing is used before its digest was checked. When a pull fails, is cut off or killed, the next one goes on with what has come.
 // Errors of the registry are [ErrDenied] and [ErrNotOffered] where it refuses, or has no such image.
 func (r *Runtime) Pull(ctx context.Context, ref string, o PullOptions) (img Image, changed bool, err error) {
-	name, repo, err := r.repository(ref, o.PlainHTTP)
-	if err != nil {
+	if _, err := image.ParseName(ref); err != nil {
+		return Image{}, false, invalid("%w", err)
+	}
+	if _, err := platform(o.Platform); err != nil {
 		return Image{}, false, err
 	}
-	defer repo.Close()
-	p, err := platform(o.Platform)
-	if err != nil {
-		return Image{}, false, err
+	res, err := r.errand(ctx, courier.Request{Op: courier.Pull, Ref: ref, Platform: o.Platform, PlainHTTP: o.PlainHTTP}, func(a courier.Answer) {
+		if a.Step != nil && o.Progress != nil {
+			o.Progress(*a.Step)
+		}
+	})
+	if err == nil {
+		img, err = r.images.Resolve(ctx, res.ImageID)
 	}
-	img, changed, err = r.images.Pull(ctx, name, repo, image.PullOptions{Platform: p, Progress: o.Progress})
 	if err != nil {
 		return Image{}, false, fmt.Errorf("pull %s: %w", ref, r.unwritable(err))
 	}
-	return img, changed, nil
+	return img, res.Changed, nil
 }
 
 // Errors of a registry.
 var (
-	ErrDenied     = registry.ErrDenied   // it wants other credentials
-	ErrNotOffered = registry.ErrNotFound // it has no such image, or shows it to others only
+	ErrDenied     = image.ErrDenied     // it wants other credentials
+	ErrNotOffered = image.ErrNotOffered // it has no such image, or shows it to others only
 )
 
-func (r *Runtime) repository(ref string, plainHTTP bool) (image.Name, *registry.Repository, error) {
-	name, err := image.ParseName(ref)
+// errand has the program that reaches registries do something.
+func (r *Runtime) errand(ctx context.Context, req courier.Request, steps func(courier.Answer)) (courier.Result, error) {
+	set, err := assets.Ensure(ctx, r.home.Root)
 	if err != nil {
-		return name, nil, invalid("%w", err)
+		return courier.Result{}, r.unwritable(err)
 	}
-	c, err := r.registries(name.Registry, plainHTTP)
-	if err != nil {
-		return name, nil, err
-	}
-	repo, err := c.Repository(name.Registry, name.Path)
-	return name, repo, err
-}
-
-func (r *Runtime) registries(host string, plainHTTP bool) (*registry.Client, error) {
-	c := registry.Config{Dir: r.home.Root, UserAgent: "coffer/" + Version()}
-	if plainHTTP {
-		c.PlainHTTP = host
-	}
-	return registry.New(c)
+	defer set.Close()
+	req.Home, req.Images, req.UserAgent = r.home.Root, r.home.Images(), "coffer/"+Version()
+	return courier.Run(ctx, exec.Command(set.Registry), req, steps)
 }
 
 // PushOptions are the choices of a push. The zero value is right for most.
@@ -196,24 +191,22 @@ type PushOptions struct {
 // Push writes an image of the store to the registry of its name, which must have a tag, and returns the digest of its manifest. What
 // the registry has of it is not sent.
 func (r *Runtime) Push(ctx context.Context, ref string, o PushOptions) (digest string, err error) {
-	name, repo, err := r.repository(ref, o.PlainHTTP)
+	name, err := image.ParseName(ref)
 	if err != nil {
-		return "", err
+		return "", invalid("%w", err)
 	}
-	defer repo.Close()
-	if name.Tag == "" {
+	if name.Digest != "" {
 		return "", invalid("push %s: a digest is what an image has, not where it goes: give a tag", ref)
 	}
-	held, err := r.images.Hold(ctx, name.String())
-	if err != nil {
-		return "", fmt.Errorf("push: %w", err)
-	}
-	defer held.Close()
-	h, err := repo.Push(ctx, held, name.Tag, o.Progress)
+	res, err := r.errand(ctx, courier.Request{Op: courier.Push, Ref: ref, PlainHTTP: o.PlainHTTP}, func(a courier.Answer) {
+		if a.Pushed != nil && o.Progress != nil {
+			o.Progress(a.Pushed.Done, a.Pushed.Total)
+		}
+	})
 	if err != nil {
 		return "", fmt.Errorf("push %s: %w", ref, err)
 	}
-	return h.String(), nil
+	return res.Digest, nil
 }
 
 // TagImage gives an image another name, which is taken from the image that has it.
@@ -234,22 +227,16 @@ func (r *Runtime) GetImage(ctx context.Context, ref string) (Image, error) {
 // Login tries credentials on a registry and keeps them, and returns the file: Docker's configuration where there is one, else auth.json
 // in the home, which is this user's alone. Credentials that are refused are [ErrDenied]. An empty registry is Docker Hub.
 func (r *Runtime) Login(ctx context.Context, host, user, password string, plainHTTP bool) (string, error) {
-	host = first(host, registry.DockerHub)
-	c, err := r.registries(host, plainHTTP)
-	if err != nil {
-		return "", err
-	}
-	return c.Login(ctx, host, user, password)
+	res, err := r.errand(ctx, courier.Request{Op: courier.Login, Registry: first(host, dockerHub), User: user, Password: password, PlainHTTP: plainHTTP}, nil)
+	return res.File, err
 }
 
-// Logout forgets the credentials for a registry, and tells if there were any.
-func (r *Runtime) Logout(host string) (bool, error) {
-	host = first(host, registry.DockerHub)
-	c, err := r.registries(host, false)
-	if err != nil {
-		return false, err
-	}
-	return c.Logout(host)
+const dockerHub = "docker.io"
+
+// Logout forgets the credentials for a registry, and tells if there were any. An empty registry is Docker Hub.
+func (r *Runtime) Logout(ctx context.Context, host string) (bool, error) {
+	res, err := r.errand(ctx, courier.Request{Op: courier.Logout, Registry: first(host, dockerHub)}, nil)
+	return res.Found, err
 }
 
 // ensureBase has the helper install its image once per version of the helper, which is known by its file.

@@ -1,5 +1,5 @@
 // Package assets carries what a box needs besides the coffer program itself: the agent, the gVisor sentry, the scaffold image that
-// holds the agent, and the archive of the image `base`. They are embedded, so that one file can be copied anywhere, and taken out
+// holds the agent, the program that reaches registries, and the archive of the image `base`. They are embedded, so that one file can be copied anywhere, and taken out
 // once per version into the home directory, since a program must be a file to be run.
 //
 // The package starts nothing and knows nothing of boxes or images. Its files are made by the program in mkassets.
@@ -9,6 +9,7 @@
 //	assets/<version>/                flock(2)ed, shared, by whoever starts programs from it
 //	assets/<version>/coffer-sentry   program of the gvisor engine
 //	assets/<version>/coffer-agent    first process in a box
+//	assets/<version>/coffer-registry program that reaches registries
 //	assets/<version>/scaffold.erofs  what a sandbox sees before the box's own root is mounted
 //	assets/lock                      flock(2)ed by the process that takes a version out
 //	assets/.new-*                    a version being taken out
@@ -44,6 +45,7 @@ var ErrMissing = errors.New("this build has no embedded engine: run make build")
 const (
 	FileAgent    = "coffer-agent"
 	FileSentry   = "coffer-sentry"
+	FileRegistry = "coffer-registry"
 	FileBase     = "base.tar"
 	FileManifest = "manifest.json"
 
@@ -68,6 +70,7 @@ type Set struct {
 	Version  string
 	Sentry   string // paths
 	Agent    string
+	Registry string
 	Scaffold string
 
 	BaseDigest string // "sha256:…" of the archive of the image `base`
@@ -111,7 +114,7 @@ func readManifest(src fs.FS) (Manifest, error) {
 	if err != nil {
 		return m, fmt.Errorf("read the manifest of the embedded parts: %w", err)
 	}
-	for _, name := range []string{FileAgent, FileSentry, FileBase} {
+	for _, name := range []string{FileAgent, FileSentry, FileRegistry, FileBase} {
 		if _, ok := m.Files[name]; !ok {
 			return m, fmt.Errorf("%s is not embedded: %w", name, ErrMissing)
 		}
@@ -132,6 +135,7 @@ func ensure(ctx context.Context, src fs.FS, home string) (Set, error) {
 		Version:    m.Version,
 		Sentry:     filepath.Join(dir, FileSentry),
 		Agent:      filepath.Join(dir, FileAgent),
+		Registry:   filepath.Join(dir, FileRegistry),
 		Scaffold:   filepath.Join(dir, fileScaffold),
 		BaseDigest: "sha256:" + m.Files[FileBase].SHA256,
 		src:        src,
@@ -246,6 +250,7 @@ func (s Set) whole(m Manifest) bool {
 	for path, size := range map[string]int64{
 		s.Sentry:   m.Files[FileSentry].Size,
 		s.Agent:    m.Files[FileAgent].Size,
+		s.Registry: m.Files[FileRegistry].Size,
 		s.Scaffold: -1,
 	} {
 		fi, err := os.Stat(path)
@@ -284,7 +289,7 @@ func (s Set) takeOut(ctx context.Context, m Manifest, parent string) error {
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return err
 	}
-	for _, name := range []string{FileSentry, FileAgent} {
+	for _, name := range []string{FileSentry, FileAgent, FileRegistry} {
 		if err := unpackTo(ctx, s.src, name, m.Files[name], filepath.Join(tmp, name)); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
@@ -306,7 +311,7 @@ func (s Set) takeOut(ctx context.Context, m Manifest, parent string) error {
 			return err
 		}
 		defer os.RemoveAll(keep)
-		for _, name := range []string{FileSentry, FileAgent, fileScaffold} {
+		for _, name := range []string{FileSentry, FileAgent, FileRegistry, fileScaffold} {
 			if err := os.Rename(filepath.Join(tmp, name), filepath.Join(keep, name)); err != nil {
 				return err
 			}

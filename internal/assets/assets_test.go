@@ -31,7 +31,7 @@ func parts(t *testing.T, version string) fstest.MapFS {
 	defer enc.Close()
 	m := Manifest{Version: version, GOARCH: runtime.GOARCH, Files: map[string]File{}}
 	src := fstest.MapFS{}
-	for _, name := range []string{FileAgent, FileSentry, FileBase} {
+	for _, name := range []string{FileAgent, FileSentry, FileRegistry, FileBase} {
 		b := []byte("contents of " + name + " " + version)
 		h := sha256.Sum256(b)
 		m.Files[name] = File{Size: int64(len(b)), SHA256: hex.EncodeToString(h[:])}
@@ -47,7 +47,7 @@ func parts(t *testing.T, version string) fstest.MapFS {
 
 func check(t *testing.T, set Set, version string) {
 	t.Helper()
-	for path, want := range map[string]string{set.Agent: FileAgent, set.Sentry: FileSentry} {
+	for path, want := range map[string]string{set.Agent: FileAgent, set.Sentry: FileSentry, set.Registry: FileRegistry} {
 		b, err := os.ReadFile(path)
 		if err != nil || string(b) != "contents of "+want+" "+version {
 			t.Errorf("%s: %q, %v", path, b, err)

@@ -3,66 +3,86 @@ package cli
 import (
 	"fmt"
 	"io"
-	"sync/atomic"
+	"strings"
+	"time"
 
-	"github.com/vbauerster/mpb/v8"
-	"github.com/vbauerster/mpb/v8/decor"
+	"github.com/docker/go-units"
 
 	"github.com/coffer-box/coffer"
 )
 
-// bars shows a bar for each layer of a pull.
+// bars shows a line with a bar for each layer of a pull, at a terminal. It is our own because every library for it costs each start of
+// the program, mostly for commands that show none, more than this is.
 type bars struct {
-	p      *mpb.Progress
-	layers map[string]*layerBar
+	w      io.Writer
+	rows   int // of the terminal
+	cols   int
+	layers []*layerBar
+	byID   map[string]*layerBar
+	drawn  int // lines
+	last   time.Time
 }
 
 type layerBar struct {
-	bar    *mpb.Bar
-	status atomic.Value // string
+	id, status string
+	now, total int64
 }
 
-func newBars(w io.Writer) *bars {
-	return &bars{p: mpb.New(mpb.WithOutput(w), mpb.WithWidth(32)), layers: map[string]*layerBar{}}
+const (
+	barWidth  = 24
+	barsEvery = 80 * time.Millisecond
+)
+
+func newBars(w io.Writer, rows, cols int) *bars {
+	return &bars{w: w, rows: rows, cols: cols, byID: map[string]*layerBar{}}
 }
 
 func (b *bars) step(p coffer.PullProgress) {
 	if p.Layer == "" {
-		b.close()
+		b.draw()
 		return
 	}
-	l := b.layers[p.Layer]
+	l := b.byID[p.Layer]
 	if l == nil {
-		l = &layerBar{}
-		l.status.Store(p.Status)
-		l.bar = b.p.AddBar(0,
-			mpb.PrependDecorators(decor.Name(shortID(p.Layer)+" "), decor.Any(func(decor.Statistics) string {
-				return fmt.Sprintf("%-12s", l.status.Load())
-			})),
-			mpb.AppendDecorators(decor.CountersKibiByte("% .1f / % .1f")))
-		l.bar.SetTotal(max(p.Total, 1), false)
-		b.layers[p.Layer] = l
+		l = &layerBar{id: shortID(p.Layer), total: p.Total}
+		b.byID[p.Layer] = l
+		b.layers = append(b.layers, l)
 	}
-	switch p.Status {
-	case "unpacking":
-		if l.status.Load() == "downloading" && l.bar.Current() < p.Total {
-			return // that is what it waits for
-		}
-		l.bar.SetCurrent(p.Current)
-	case "exists":
-		p.Status = "there"
-	case "done":
-		l.bar.SetCurrent(max(p.Total, 1))
-		l.bar.SetTotal(-1, true)
+	switch {
+	case p.Status == "unpacking" && l.status == "downloading" && l.now < l.total:
+		return // that is what it waits for
+	case p.Status == "done", p.Status == "exists":
+		l.now = l.total
 	default:
-		l.bar.SetCurrent(p.Current)
+		l.now = p.Current
 	}
-	l.status.Store(p.Status)
+	l.status = p.Status
+	if time.Since(b.last) >= barsEvery {
+		b.draw()
+	}
 }
 
-func (b *bars) close() {
-	for _, l := range b.layers {
-		l.bar.Abort(false) // one that is full stays
+// draw writes all lines over those of the last time. What does not fit the terminal is left out, the first lines first: the lines above
+// the screen cannot be reached.
+func (b *bars) draw() {
+	b.last = time.Now()
+	show := b.layers[max(0, len(b.layers)-max(1, b.rows-1)):]
+	var s strings.Builder
+	if b.drawn > 0 {
+		fmt.Fprintf(&s, "\x1b[%dA", b.drawn)
 	}
-	b.p.Wait()
+	for _, l := range show {
+		line := fmt.Sprintf("%s %-11s [%s] %s / %s", l.id, l.status, l.bar(), units.HumanSize(float64(l.now)), units.HumanSize(float64(l.total)))
+		fmt.Fprintf(&s, "\r%s\x1b[K\n", line[:min(len(line), max(1, b.cols-1))])
+	}
+	b.drawn = len(show)
+	_, _ = io.WriteString(b.w, s.String()) // the pull goes on without a reader
+}
+
+func (l *layerBar) bar() string {
+	full := barWidth
+	if l.total > 0 {
+		full = int(min(barWidth, l.now*barWidth/l.total))
+	}
+	return strings.Repeat("=", full) + strings.Repeat(" ", barWidth-full)
 }

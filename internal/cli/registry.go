@@ -227,7 +227,7 @@ func (a *app) logoutCmd() *cobra.Command {
 				host = args[0]
 			}
 			return a.with(c.Context(), func(rt *coffer.Runtime) error {
-				found, err := rt.Logout(host)
+				found, err := rt.Logout(c.Context(), host)
 				if err == nil && !found {
 					fmt.Fprintln(a.out, "There were no credentials to forget")
 				} else if err == nil {
@@ -310,7 +310,12 @@ func (a *app) progress(how string) (func(coffer.PullProgress), error) {
 		var b *bars // made when there is something to show
 		return func(p coffer.PullProgress) {
 			if b == nil {
-				b = newBars(a.err)
+				b = newBars(a.err, 24, 80)
+				if f, ok := a.err.(*os.File); ok {
+					if w, h, err := term.GetSize(int(f.Fd())); err == nil {
+						b.rows, b.cols = h, w
+					}
+				}
 			}
 			b.step(p)
 		}, nil

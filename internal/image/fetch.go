@@ -140,15 +140,15 @@ func (l *download) set(change func()) {
 
 func (l *download) end(err error) { l.set(func() { l.done, l.err = true, err }) }
 
-func (l *download) look() (file *os.File, n int64, done bool, err error, more <-chan struct{}) {
+func (l *download) look() (file *os.File, n int64, more <-chan struct{}, done bool, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.file, l.n, l.done, l.err, l.more
+	return l.file, l.n, l.more, l.done, l.err
 }
 
 func (l *download) wait(ctx context.Context) error {
 	for {
-		_, _, done, err, more := l.look()
+		_, _, more, done, err := l.look()
 		if done {
 			return err
 		}
@@ -171,7 +171,7 @@ type downloadReader struct {
 
 func (r *downloadReader) Read(p []byte) (int, error) {
 	for {
-		file, n, done, err, more := r.l.look()
+		file, n, more, done, err := r.l.look()
 		switch {
 		case r.off < n:
 			got, err := file.ReadAt(p[:min(int64(len(p)), n-r.off)], r.off)

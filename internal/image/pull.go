@@ -14,6 +14,14 @@ import (
 	"github.com/coffer-box/coffer/internal/disk"
 )
 
+// Errors of a [Remote].
+var (
+	// ErrNotOffered says that the registry has no such image, or shows it to others only.
+	ErrNotOffered = errors.New("the registry has no such image")
+	// ErrDenied says that the registry wants other credentials.
+	ErrDenied = errors.New("access denied")
+)
+
 // Remote is one repository of a registry, as far as a pull needs it. It tries again by itself what may go better a second time. Its
 // methods are called by several goroutines at once.
 type Remote interface {
@@ -84,7 +92,7 @@ func (s *Store) Pull(ctx context.Context, name Name, r Remote, opts PullOptions)
 			opts.Progress(last)
 		}()
 	}
-	digest := v1.Hash{}
+	var digest v1.Hash
 	if name.Digest != "" {
 		digest, err = v1.NewHash(name.Digest)
 	} else {

@@ -15,6 +15,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	images "github.com/coffer-box/coffer/internal/image"
 )
 
 // Login tries credentials on a registry and keeps those that are taken: in Docker's configuration, or its credential helper, where
@@ -33,7 +35,14 @@ func (c *Client) Login(ctx context.Context, registry, user, password string) (st
 		return "", err
 	}
 	key := authKey(registry)
-	if err := cf.GetCredentialsStore(key).Store(types.AuthConfig{ServerAddress: key, Username: user, Password: password}); err != nil {
+	have := types.AuthConfig{ServerAddress: key, Username: user, Password: password}
+	if cf.Filename == c.authFile() {
+		cf.AuthConfigs[key] = have
+		err = cf.Save()
+	} else {
+		err = cf.GetCredentialsStore(key).Store(have)
+	}
+	if err != nil {
 		return "", fmt.Errorf("keep the credentials for %s: %w", registry, err)
 	}
 	return cf.Filename, nil
@@ -41,7 +50,7 @@ func (c *Client) Login(ctx context.Context, registry, user, password string) (st
 
 // check asks a registry if it takes credentials.
 func (c *Client) check(ctx context.Context, reg name.Registry, auth authn.Authenticator) error {
-	denied := func() error { return fmt.Errorf("%w: %s does not take this name and password", ErrDenied, reg) }
+	denied := func() error { return fmt.Errorf("%w: %s does not take this name and password", images.ErrDenied, reg) }
 	t, err := transport.NewWithContext(ctx, reg, auth, c.hosts, nil)
 	var te *transport.Error
 	if errors.As(err, &te) && (te.StatusCode == http.StatusUnauthorized || te.StatusCode == http.StatusForbidden) {
@@ -103,15 +112,30 @@ func (c *Client) authFile() string { return filepath.Join(c.cfg.Dir, "auth.json"
 
 // credentials opens Docker's configuration, or for want of one our own.
 func (c *Client) credentials() (*configfile.ConfigFile, error) {
-	docker := filepath.Join(config.Dir(), config.ConfigFileName)
-	if _, err := os.Stat(docker); err == nil {
-		cf, err := config.Load(config.Dir())
+	if dir := dockerDir(); dir != "" {
+		cf, err := config.Load(dir)
 		if err != nil {
-			return nil, fmt.Errorf("Docker's configuration: %w", err)
+			return nil, fmt.Errorf("configuration of Docker: %w", err)
 		}
 		return cf, nil
 	}
 	return readAuth(c.authFile())
+}
+
+// dockerDir is where Docker's configuration is; empty: there is none.
+func dockerDir() string {
+	dir := os.Getenv("DOCKER_CONFIG")
+	if dir == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return ""
+		}
+		dir = filepath.Join(home, ".docker")
+	}
+	if _, err := os.Stat(filepath.Join(dir, config.ConfigFileName)); err != nil {
+		return ""
+	}
+	return dir
 }
 
 func readAuth(path string) (*configfile.ConfigFile, error) {

@@ -1,7 +1,7 @@
 // Package registry talks to OCI registries: what a pull and a push of one repository need, and the credentials for it. Protocol and
 // formats are go-containerregistry's; what is here decides which hosts are contacted, how far they are trusted, and what is tried again.
 //
-// It keeps no images and knows no store. No host is contacted but that of the repository, its configured mirrors, and those that these
+// It keeps no images; of the image store it knows the errors that a registry's answers are told by. No host is contacted but that of the repository, its configured mirrors, and those that these
 // refer to themselves: for tokens and, by redirection, for blobs.
 //
 // # On disk
@@ -29,12 +29,6 @@ import (
 
 // DockerHub is the registry that names without one mean.
 const DockerHub = "docker.io"
-
-// ErrNotFound says that the registry has no such image, or shows it to others only.
-var ErrNotFound = errors.New("the registry has no such image")
-
-// ErrDenied says that the registry wants other credentials.
-var ErrDenied = errors.New("access denied")
 
 // Settings are what registries.json holds.
 type Settings struct {

@@ -35,9 +35,8 @@ type Repository struct {
 }
 
 // manifestTypes are what a pull understands.
-var manifestTypes = strings.Join([]string{
-	string(types.OCIImageIndex), string(types.OCIManifestSchema1), string(types.DockerManifestList), string(types.DockerManifestSchema2),
-}, ", ")
+const manifestTypes = string(types.OCIImageIndex) + ", " + string(types.OCIManifestSchema1) + ", " +
+	string(types.DockerManifestList) + ", " + string(types.DockerManifestSchema2)
 
 // Digest tells what a tag stands for.
 func (r *Repository) Digest(ctx context.Context, tag string) (v1.Hash, error) {
@@ -84,6 +83,11 @@ func (r *Repository) Blob(ctx context.Context, digest v1.Hash, offset int64) (bo
 			head.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
 		}
 		resp, err := e.do(ctx, http.MethodGet, "blobs/"+digest.String(), head, http.StatusOK, http.StatusPartialContent)
+		var te *transport.Error
+		if errors.As(err, &te) && te.StatusCode == http.StatusRequestedRangeNotSatisfiable && offset > 0 {
+			// Some know only whole blobs, or ranges with an end.
+			resp, err = e.do(ctx, http.MethodGet, "blobs/"+digest.String(), nil, http.StatusOK)
+		}
 		if err != nil {
 			return err
 		}
@@ -246,7 +250,9 @@ func (e *endpoint) do(ctx context.Context, method, path string, head http.Header
 		if err != nil {
 			return err
 		}
-		req.Header = head.Clone()
+		if head != nil {
+			req.Header = head.Clone()
+		}
 		if resp, err = (&http.Client{Transport: t}).Do(req); err != nil {
 			return err
 		}

@@ -26,6 +26,11 @@ type hosts struct {
 	each map[string]*http.Transport
 }
 
+// certError says that the certificates for a host cannot be had.
+type certError struct{ error }
+
+func (e *certError) Unwrap() error { return e.error }
+
 // errPlain says that a connection without TLS was not allowed.
 var errPlain = errors.New("it has no TLS")
 
@@ -53,7 +58,7 @@ func (h *hosts) transport(host string) (*http.Transport, error) {
 	}
 	conf, err := h.tls(host)
 	if err != nil {
-		return nil, err
+		return nil, &certError{err}
 	}
 	t := &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,

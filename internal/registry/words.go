@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	images "github.com/coffer-box/coffer/internal/image"
 )
 
 func isReset(err error) bool {
@@ -27,11 +29,11 @@ func (r *Repository) explain(e *endpoint, what string, err error) error {
 		image := r.registry + "/" + r.path
 		switch te.StatusCode {
 		case http.StatusUnauthorized:
-			return fmt.Errorf("%s: %w: %s wants credentials, or others: coffer login %s", image, ErrDenied, r.registry, r.registry)
+			return fmt.Errorf("%s: %w: %s wants credentials, or others: coffer login %s", image, images.ErrDenied, r.registry, r.registry)
 		case http.StatusForbidden:
-			return fmt.Errorf("%s: %w by %s: %s", image, ErrDenied, r.registry, words(te))
+			return fmt.Errorf("%s: %w by %s: %s", image, images.ErrDenied, r.registry, words(te))
 		case http.StatusNotFound:
-			return fmt.Errorf("%s, %s: %w: check the name and the tag; a private image may need coffer login %s", image, what, ErrNotFound, r.registry)
+			return fmt.Errorf("%s, %s: %w: check the name and the tag; a private image may need coffer login %s", image, what, images.ErrNotOffered, r.registry)
 		case http.StatusTooManyRequests:
 			return fmt.Errorf("%s: %s is asked too often: try later, or log in: coffer login %s (%w)", image, r.registry, r.registry, err)
 		}
@@ -48,7 +50,10 @@ func (c *Client) explain(host string, err error) error {
 	var record tls.RecordHeaderError
 	var verify *tls.CertificateVerificationError
 	var dns *net.DNSError
+	var certs *certError
 	switch {
+	case errors.As(err, &certs):
+		return certs.error
 	// What is tried after it says less.
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
 		return fmt.Errorf("cannot reach %s: %w: check the network, and HTTPS_PROXY if there is a proxy", host, err)
@@ -58,8 +63,8 @@ func (c *Client) explain(host string, err error) error {
 	case errors.As(err, &wrongHost), errors.As(err, &invalid), errors.As(err, &verify):
 		return fmt.Errorf("the certificate of %s is not good: %w", host, err)
 	case errors.As(err, &record), errors.Is(err, errPlain), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
-		return fmt.Errorf(`%s has no TLS, so anybody on the way can read and change what is sent: if that is well, use --plain-http, or {"registries": {%q: {"plain_http": true}}} in %s/registries.json`,
-			host, host, c.cfg.Dir)
+		return fmt.Errorf(`%s has no TLS, so anybody on the way can read and change what is sent: if that is well, use --plain-http, or {"registries": {%q: {"plain_http": true}}} in %s/registries.json (%w)`,
+			host, host, c.cfg.Dir, err)
 	case errors.As(err, &dns):
 		return fmt.Errorf("cannot find %s: %w: check the name and the network", host, err)
 	}

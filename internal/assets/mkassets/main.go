@@ -1,4 +1,5 @@
-// Mkassets makes the files that coffer embeds: it compiles the agent, the sentry and the programs of the image `base`, writes the
+// Mkassets makes the files that coffer embeds: it compiles the agent, the sentry, the program that reaches
+// registries and the programs of the image `base`, writes the
 // image's archive, and compresses each. Work whose result is there already is not done again, and the same sources always give
 // the same files.
 //
@@ -58,6 +59,7 @@ func run(ctx context.Context, arch, out string) error {
 	for _, p := range []struct{ file, pkg string }{
 		{assets.FileAgent, "./cmd/coffer-agent"},
 		{assets.FileSentry, "./cmd/coffer-sentry"},
+		{assets.FileRegistry, "./cmd/coffer-registry"},
 		{assets.FileBase, "./cmd/coffer-base"},
 	} {
 		start := time.Now()
