@@ -90,31 +90,37 @@ func (r *Runtime) resolveImage(ctx context.Context, s Spec) (Image, error) {
 	if !image.Host().Fits(platform) {
 		return Image{}, invalid("platform %s: boxes run what this host runs, %s", platform, image.Host())
 	}
+	switch s.Pull {
+	case "", PullMissing, PullAlways, PullNever:
+	default:
+		return Image{}, invalid("pull policy %q: use missing, always or never", s.Pull)
+	}
 	if s.Image == BaseImage || s.Image == BaseImage+":latest" {
 		if err := r.ensureBase(ctx); err != nil {
 			return Image{}, err
 		}
 		return r.images.Resolve(ctx, s.Image)
 	}
-	switch s.Pull {
-	case PullAlways:
-	case "", PullMissing, PullNever:
+	if s.Pull != PullAlways {
 		img, err := r.images.Resolve(ctx, s.Image)
 		if err == nil {
-			if perr := platform.Check(&img.Config); perr == nil {
+			if err = platform.Check(&img.Config); err == nil {
 				return img, nil
-			} else if s.Pull == PullNever {
-				return img, invalid("image %s cannot run here: %w: pull it for %s", s.Image, perr, platform)
 			}
-		} else if s.Pull == PullNever && errors.Is(err, ErrImageNotFound) {
-			return img, fmt.Errorf("%w: pull it with `coffer pull`, load it with `coffer load` or `coffer import`, or use the image %q that is always there", err, BaseImage)
+			err = invalid("image %s cannot run here: %w: pull it for %s", s.Image, err, platform)
 		} else if !errors.Is(err, ErrImageNotFound) {
 			return img, err
+		} else {
+			err = fmt.Errorf("%w: pull it with `coffer pull`, load it with `coffer load` or `coffer import`, or use the image %q that is always there", err, BaseImage)
 		}
-	default:
-		return Image{}, invalid("pull policy %q: use missing, always or never", s.Pull)
+		if s.Pull == PullNever {
+			return img, err
+		}
 	}
 	img, _, err := r.Pull(ctx, s.Image, PullOptions{Platform: s.Platform, Progress: s.PullProgress})
+	if err != nil && s.Pull != PullAlways && ctx.Err() == nil {
+		err = fmt.Errorf("there is no image %s here: %w", s.Image, err)
+	}
 	return img, err
 }
 

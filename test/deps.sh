@@ -18,6 +18,20 @@ else
 	echo "not installed, so some tests will skip:$missing"
 fi
 
+# Debian's registry of images is unpacked into the user's cache; installed, it would be started and stay.
+registry=${XDG_CACHE_HOME:-$HOME/.cache}/coffer-test/docker-registry
+if ! [ -e "$registry" ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
+	tmp=$(mktemp -d)
+	if echo "downloading Debian's docker-registry for the tests" && (cd "$tmp" && apt-get download -qq docker-registry 2>/dev/null) &&
+		dpkg-deb -x "$tmp"/*.deb "$tmp/root"; then
+		mkdir -p "$(dirname "$registry")"
+		mv "$tmp/root/usr/bin/docker-registry" "$registry"
+	else
+		echo "no docker-registry: some tests will skip"
+	fi
+	rm -rf "$tmp"
+fi
+
 # The kernel of the tests' virtual machines, with the modules of its disk, is unpacked into the user's cache; it is not installed.
 kernel=${XDG_CACHE_HOME:-$HOME/.cache}/coffer-test/kernel
 if [ "$(uname -m)" = x86_64 ] && ! [ -e "$kernel" ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then

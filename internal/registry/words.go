@@ -63,13 +63,22 @@ func (c *Client) explain(host string, err error) error {
 	case errors.As(err, &wrongHost), errors.As(err, &invalid), errors.As(err, &verify):
 		return fmt.Errorf("the certificate of %s is not good: %w", host, err)
 	case errors.As(err, &record), errors.Is(err, errPlain), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
-		return fmt.Errorf(`%s has no TLS, so anybody on the way can read and change what is sent: if that is well, use --plain-http, or {"registries": {%q: {"plain_http": true}}} in %s/registries.json (%w)`,
-			host, host, c.cfg.Dir, err)
+		return &wordedError{fmt.Sprintf(`%s has no TLS, so anybody on the way can read and change what is sent: if that is well, use --plain-http, or {"registries": {%q: {"plain_http": true}}} in %s/registries.json`,
+			host, host, c.cfg.Dir), err}
 	case errors.As(err, &dns):
 		return fmt.Errorf("cannot find %s: %w: check the name and the network", host, err)
 	}
 	return err
 }
+
+// wordedError says in better words what another error means.
+type wordedError struct {
+	text string
+	err  error
+}
+
+func (e *wordedError) Error() string { return e.text }
+func (e *wordedError) Unwrap() error { return e.err }
 
 // words are what a registry says of an error.
 func words(te *transport.Error) string {

@@ -6,6 +6,9 @@ import (
 	"bytes"
 	"database/sql"
 	"fmt"
+	"io"
+	"log"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/rogpeppe/go-internal/testscript"
 	_ "modernc.org/sqlite" // to change a database behind the program's back
 
@@ -48,7 +52,7 @@ func binary(t *testing.T) string {
 //	until PATTERN ARGS... runs coffer ARGS until its output matches; how long that takes is not judged
 //	files N GLOB          there must be N files of that pattern
 //
-// and the conditions [root] and [limits], the latter where the host can enforce limits of memory, processors and processes.
+// a registry of images without TLS at $REGISTRY, and the conditions [root] and [limits], the latter where the host can enforce limits of memory, processors and processes.
 func TestScripts(t *testing.T) {
 	bin := binary(t)
 	testscript.Run(t, testscript.Params{
@@ -90,6 +94,10 @@ func setup(e *testscript.Env, bin string) error {
 	e.Setenv("HOME", e.WorkDir)
 	e.Setenv("PATH", filepath.Dir(bin)+string(os.PathListSeparator)+os.Getenv("PATH"))
 	e.Setenv("COFFER", bin)
+	e.Setenv("DOCKER_CONFIG", filepath.Join(e.WorkDir, "docker"))
+	reg := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	e.Defer(reg.Close)
+	e.Setenv("REGISTRY", strings.TrimPrefix(reg.URL, "http://"))
 	t := e.T()
 	e.Defer(func() {
 		run := func(args ...string) string {
