@@ -20,7 +20,7 @@ const image = "localhost/coffer-bench:1"
 
 type options struct {
 	n, files, boxes, idle, burst int
-	bin, runsc, out, tmp         string
+	bin, runsc, out, tmp, only   string
 }
 
 func main() {
@@ -34,6 +34,7 @@ func main() {
 	flag.StringVar(&o.runsc, "runsc", "", "gVisor's runtime; empty: build it from bench/runsc")
 	flag.StringVar(&o.out, "out", "bench/results", "directory for the report")
 	flag.StringVar(&o.tmp, "tmp", "/tmp", "where to work; its file system is what the file numbers are about")
+	flag.StringVar(&o.only, "only", "", "measure only this part: run, exec, rm, ps, memory, burst, pull, files; the report's name tells")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -64,18 +65,26 @@ func run(ctx context.Context, o options) (err error) {
 	if err := s.setUp(ctx); err != nil {
 		return err
 	}
+	measured := false
 	for _, part := range []struct {
 		name string
 		fn   func(context.Context) error
 	}{
 		{"run", s.measureRun}, {"exec", s.measureExec}, {"rm", s.measureRemove}, {"ps", s.measureList},
-		{"memory", s.measureMemory}, {"burst", s.measureBurst}, {"files", s.measureFiles},
+		{"memory", s.measureMemory}, {"burst", s.measureBurst}, {"pull", s.measurePull}, {"files", s.measureFiles},
 	} {
+		if o.only != "" && o.only != part.name {
+			continue
+		}
+		measured = true
 		start := time.Now()
 		if err := part.fn(ctx); err != nil {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 		s.say("%s: measured in %s", part.name, time.Since(start).Round(time.Second))
+	}
+	if !measured {
+		return fmt.Errorf("-only %s: there is no such part", o.only)
 	}
 	s.rep.Load = append(s.rep.Load, loadAverage())
 	return s.rep.write(o.out, os.Stdout)
