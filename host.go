@@ -173,10 +173,17 @@ type Pruned struct {
 	Freed   int64 // bytes
 }
 
-// Prune removes boxes that do not run, what is left of boxes without a record, images without a name (with images, every one that no
-// box was made from), and the programs that other versions of coffer have unpacked here and nothing runs from. Only what bears this
-// home's names is touched.
-func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
+// PruneOptions are the choices of a prune. The zero value is right for most.
+type PruneOptions struct {
+	// AllImages removes images that no box was made from, too, and not only those without a name.
+	AllImages bool
+	// Only chooses among boxes and images by their labels and when they were made; nil: any. The base image is from 1970.
+	Only func(labels map[string]string, created time.Time) bool
+}
+
+// Prune removes boxes that do not run, what is left of boxes without a record, images without a name, parts of pulls that were cut off,
+// and the programs that other versions of coffer have unpacked here and nothing runs from. Only what bears this home's names is touched.
+func (r *Runtime) Prune(ctx context.Context, o PruneOptions) (Pruned, error) {
 	var out Pruned
 	infos, err := r.List(ctx)
 	if err != nil && infos == nil {
@@ -184,7 +191,7 @@ func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 	}
 	errs := []error{err}
 	for _, i := range infos {
-		if state.Phase(i.Status).Live() || i.Status == restarting {
+		if state.Phase(i.Status).Live() || i.Status == restarting || o.Only != nil && !o.Only(i.Labels, i.Created) {
 			continue
 		}
 		b := &Box{rt: r, id: i.ID, name: i.Name}
@@ -215,7 +222,7 @@ func (r *Runtime) Prune(ctx context.Context, images bool) (Pruned, error) {
 		out.Orphans = append(out.Orphans, "programs of another coffer "+v)
 	}
 	out.Freed += size
-	out.Images, err = r.PruneImages(ctx, images)
+	out.Images, err = r.PruneImages(ctx, o)
 	out.Freed += out.Images.Freed
 	return out, errors.Join(append(errs, err)...)
 }

@@ -45,9 +45,9 @@ func (r *Runtime) RemoveImage(ctx context.Context, ref string) (RemovedImages, e
 	return r.images.Remove(ctx, ref, r.imageNeeds)
 }
 
-// PruneImages removes images without a name, or with all every image that no box was made from.
-func (r *Runtime) PruneImages(ctx context.Context, all bool) (RemovedImages, error) {
-	return r.images.Prune(ctx, all, r.imageNeeds)
+// PruneImages removes images that no box was made from, as [Runtime.Prune] does, and nothing else.
+func (r *Runtime) PruneImages(ctx context.Context, o PruneOptions) (RemovedImages, error) {
+	return r.images.Prune(ctx, o.AllImages, o.Only, r.imageNeeds)
 }
 
 // imageNeeds tells the image store what the boxes need of it.

@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
@@ -152,17 +153,27 @@ func (a *app) removed(r coffer.RemovedImages) {
 
 func (a *app) pruneCmd() *cobra.Command {
 	var images, force bool
+	var filters []string
 	c := &cobra.Command{Use: "prune [flags]", Short: "Remove boxes that do not run, and what is left over", Args: noArgs(),
-		Long: "Remove boxes that do not run, what is left over of others, images without a name, and programs that other versions of coffer\n" +
-			"have unpacked in this home and no box runs from."}
+		Long: "Remove boxes that do not run, what is left over of others and of pulls that were cut off, images without a name, and programs that\n" +
+			"other versions of coffer have unpacked in this home and no box runs from."}
 	c.Flags().BoolVarP(&images, "all", "a", false, "remove images that no box was made from, too")
 	c.Flags().BoolVarP(&force, "force", "f", false, "do not ask")
+	c.Flags().StringArrayVar(&filters, "filter", nil, "remove only boxes and images made before until=TIME (24h, 2026-01-31), or with label[!]=key[=value]")
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		if !force && isTerminal(a.in) && !a.confirm("This removes every box that does not run, with its files.") {
+		only, err := pruneFilter(filters)
+		if err != nil {
+			return err
+		}
+		what := "This removes every box that does not run, with its files."
+		if only != nil {
+			what = "This removes boxes that do not run, with their files."
+		}
+		if !force && isTerminal(a.in) && !a.confirm(what) {
 			return nil
 		}
 		return a.with(c.Context(), func(rt *coffer.Runtime) error {
-			res, err := rt.Prune(c.Context(), images)
+			res, err := rt.Prune(c.Context(), coffer.PruneOptions{AllImages: images, Only: only})
 			for _, n := range res.Boxes {
 				fmt.Fprintln(a.out, "Removed box:", n)
 			}
@@ -175,6 +186,37 @@ func (a *app) pruneCmd() *cobra.Command {
 		})
 	}
 	return c
+}
+
+// pruneFilter reads what a prune is limited to; nil: to nothing.
+func pruneFilter(filters []string) (func(labels map[string]string, created time.Time) bool, error) {
+	var tests []func(map[string]string, time.Time) bool
+	for _, s := range filters {
+		k, v, _ := strings.Cut(s, "=")
+		not := k == "label!"
+		switch k {
+		case "until":
+			t, err := moment(v)
+			if err != nil {
+				return nil, fmt.Errorf("filter %q: %w", s, err)
+			}
+			tests = append(tests, func(_ map[string]string, created time.Time) bool { return created.Before(t) })
+		case "label", "label!":
+			lk, lv, valued := strings.Cut(v, "=")
+			tests = append(tests, func(labels map[string]string, _ time.Time) bool {
+				have, ok := labels[lk]
+				return (ok && (!valued || have == lv)) != not
+			})
+		default:
+			return nil, fmt.Errorf("unknown filter %q: use until or label", k)
+		}
+	}
+	if len(tests) == 0 {
+		return nil, nil
+	}
+	return func(labels map[string]string, created time.Time) bool {
+		return !slices.ContainsFunc(tests, func(t func(map[string]string, time.Time) bool) bool { return !t(labels, created) })
+	}, nil
 }
 
 // confirm asks a question that only "y" or "yes" affirms.

@@ -504,7 +504,7 @@ func TestPullIsCutShort(t *testing.T) {
 		t.Errorf("a bomb: %v", err)
 	}
 	checkClean(t, s)
-	if _, err := s.Prune(t.Context(), true, nil); err != nil {
+	if _, err := s.Prune(t.Context(), true, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, d := range []string{"pull", "tmp", "rootfs", "blobs"} {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"time"
 )
 
 // Removed tells what a removal did.
@@ -79,8 +80,8 @@ func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Remove
 }
 
 // Prune removes images without a name, or with all every image, that no box was made from, and everything in the store that
-// belongs to no image.
-func (s *Store) Prune(ctx context.Context, all bool, boxes NeedsFunc) (Removed, error) {
+// belongs to no image. Where only is given, it chooses among the images.
+func (s *Store) Prune(ctx context.Context, all bool, only func(labels map[string]string, created time.Time) bool, boxes NeedsFunc) (Removed, error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {
 		return Removed{}, err
@@ -100,6 +101,12 @@ func (s *Store) Prune(ctx context.Context, all bool, boxes NeedsFunc) (Removed, 
 	idx.Images = slices.DeleteFunc(idx.Images, func(e entry) bool {
 		if !all && len(e.Names) > 0 || len(needs.Images[e.ID]) > 0 {
 			return false
+		}
+		if only != nil {
+			// One whose labels cannot be read is not known to be meant.
+			if img, err := s.image(&e); err != nil || !only(img.Config.Config.Labels, e.Created) {
+				return false
+			}
 		}
 		names, ids = append(names, shortNames(e.Names)...), append(ids, e.ID)
 		return true

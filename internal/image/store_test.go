@@ -290,7 +290,7 @@ func TestSameLayersSameRootfs(t *testing.T) {
 	if got, err := s.Resolve(t.Context(), "x:1"); err != nil || got.ID != second[0].ID {
 		t.Errorf("x:1 is %s, %v", got.ID, err)
 	}
-	res, err := s.Prune(t.Context(), false, nil)
+	res, err := s.Prune(t.Context(), false, nil, nil)
 	if err != nil || len(res.Deleted) != 1 || res.Deleted[0] != first[0].ID {
 		t.Errorf("prune: %+v, %v", res, err)
 	}
@@ -761,7 +761,7 @@ func TestRemoveKeepsRootsOfBoxes(t *testing.T) {
 	failed := errors.New("no answer")
 	for _, remove := range []func(NeedsFunc) (Removed, error){
 		func(f NeedsFunc) (Removed, error) { return s.Remove(t.Context(), "x:1", f) },
-		func(f NeedsFunc) (Removed, error) { return s.Prune(t.Context(), true, f) },
+		func(f NeedsFunc) (Removed, error) { return s.Prune(t.Context(), true, nil, f) },
 	} {
 		if _, err := s.Load(t.Context(), Source{Path: asDir(t, ociFiles(t, sampleImage(t, "x"), "x:1"))}, Options{}); err != nil {
 			t.Fatal(err)
@@ -804,7 +804,7 @@ func TestPruneCounts(t *testing.T) {
 		os.WriteFile(s.blobPath("sha256:00"), make([]byte, 128<<10), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	res, err := s.Prune(t.Context(), false, nil)
+	res, err := s.Prune(t.Context(), false, nil, nil)
 	if err != nil || res.Freed < 1<<20+192<<10 || res.Freed > 1<<20+256<<10 {
 		t.Errorf("%+v, %v", res, err)
 	}
@@ -966,7 +966,7 @@ func TestConcurrent(t *testing.T) {
 				if !exists(s.RootfsPath(imgs[0])) {
 					t.Error("a loaded image has no root file system")
 				}
-				if _, err := s.Prune(t.Context(), false, nil); err != nil {
+				if _, err := s.Prune(t.Context(), false, nil, nil); err != nil {
 					t.Error(err)
 				}
 				for range 20 {
@@ -1054,7 +1054,7 @@ func TestLoadKilled(t *testing.T) {
 		}
 	}
 	t.Logf("%d of 25 loads came to their end", finished)
-	if _, err := s.Prune(t.Context(), false, nil); err != nil {
+	if _, err := s.Prune(t.Context(), false, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, d := range []string{"tmp", "rootfs", "blobs"} {
