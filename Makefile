@@ -67,7 +67,7 @@ lint:
 	$(GO) tool -modfile=tools/go.mod golangci-lint run ./...
 
 cross:
-	GOARCH=arm64 $(GO) build -o /dev/null ./cmd/coffer ./cmd/coffer-agent ./cmd/coffer-sentry
+	GOARCH=arm64 $(GO) build -o /dev/null ./cmd/coffer ./cmd/coffer-agent ./cmd/coffer-sentry ./cmd/coffer-registry
 	GOOS=darwin GOARCH=arm64 $(GO) build -o /dev/null . ./cmd/coffer
 
 bench: build

@@ -14,6 +14,8 @@ import (
 	"github.com/coffer-box/coffer/internal/assets"
 	"github.com/coffer-box/coffer/internal/courier"
 	"github.com/coffer-box/coffer/internal/image"
+	"github.com/coffer-box/coffer/internal/state"
+	"github.com/coffer-box/coffer/internal/wire"
 )
 
 // Image describes an image of the home's store.
@@ -270,4 +272,31 @@ func (r *Runtime) ensureBase(ctx context.Context) error {
 	}
 	// A torn mark only costs another run.
 	return os.WriteFile(path, mark, 0o600)
+}
+
+// CommitOptions are the choices of a commit. The zero value is useful.
+type CommitOptions = image.CommitOptions
+
+// Commit makes an image of the box: its image, and what the box has written on top of it, as one more layer. Volumes are no part of it,
+// nor what Coffer itself writes into a box (/etc/hostname, hosts and resolv.conf). The configuration is that of the box's image, with
+// the changes asked for. Of a box that runs each file is taken as it is when its turn comes; stop it for what belongs together.
+func (b *Box) Commit(ctx context.Context, o CommitOptions) (Image, error) {
+	rec, err := b.rt.db.Get(ctx, b.id)
+	if err != nil {
+		return Image{}, err
+	}
+	if rec.Phase == state.Running {
+		// What the kernel of the box has not written out would be missing.
+		if err := b.withAgent(ctx, func(c *wire.Client) error { return c.Sync(ctx) }); err != nil && !errors.Is(err, ErrNotRunning) {
+			return Image{}, fmt.Errorf("commit box %s: %w", b.name, err)
+		}
+	}
+	r, w := io.Pipe()
+	go func() { w.CloseWithError(b.archive(ctx, w)) }()
+	img, err := b.rt.images.Commit(ctx, rec.Spec.ImageID, r, o)
+	r.CloseWithError(context.Canceled) // where it was not read to its end
+	if err != nil {
+		return Image{}, fmt.Errorf("commit box %s: %w", b.name, b.rt.unwritable(err))
+	}
+	return img, nil
 }

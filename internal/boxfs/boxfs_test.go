@@ -399,7 +399,7 @@ func TestLayerAttributes(t *testing.T) {
 	y := newYard(t)
 	p := newPeer(t, y.root, Options{})
 	f := p.put("f", "")
-	for _, name := range []string{"user.a", "trusted.overlay.opaque", "security.capability", "system.posix_acl_access", metaAttr} {
+	for _, name := range []string{"user.a", "user.overlay.opaque", "security.capability", "system.posix_acl_access", metaAttr} {
 		must(t, f.SetXattr(p.ctx, name, "value of "+name, unix.XATTR_CREATE))
 		wants(t, "create again "+name, f.SetXattr(p.ctx, name, "", unix.XATTR_CREATE), unix.EEXIST)
 		if v, err := f.GetXattr(p.ctx, name, 4096); err != nil || v != "value of "+name {
@@ -414,7 +414,7 @@ func TestLayerAttributes(t *testing.T) {
 	got, err := f.ListXattr(p.ctx, 4096)
 	must(t, err)
 	slices.Sort(got)
-	if want := []string{"security.capability", "system.posix_acl_access", "trusted.overlay.opaque", "user.a", metaAttr}; !slices.Equal(got, want) {
+	if want := []string{"security.capability", "system.posix_acl_access", "user.a", metaAttr, "user.overlay.opaque"}; !slices.Equal(got, want) {
 		t.Errorf("listed: %v", got)
 	}
 	// An attribute of the guest's of that name changes nothing of what the layer keeps.

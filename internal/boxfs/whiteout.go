@@ -129,10 +129,11 @@ func (f *file) unmoved(name string) (int, error) {
 	return fd, nil
 }
 
-// opaqueAttr marks a directory whose content in the image is hidden. The overlay sets it when it can no longer go back, too, so
-// it is no attribute on the host, for which there may be no room, but the sticky bit, which says nothing in a directory of one user.
+// opaqueAttr marks a directory whose content in the image is hidden, as gVisor's overlay calls it where its upper layer is a file server's.
+// The overlay sets it when it can no longer go back, too, so it is no attribute on the host, for which there may be no room, but the
+// sticky bit, which says nothing in a directory of one user.
 const (
-	opaqueAttr = "trusted.overlay.opaque"
+	opaqueAttr = "user.overlay.opaque"
 	opaqueBit  = unix.S_ISVTX
 )
 

@@ -113,7 +113,7 @@ func (a *app) root() *cobra.Command {
 	})
 	c.AddCommand(a.runCmd(), a.createCmd(), a.startCmd(), a.stopCmd(), a.restartCmd(), a.killCmd(), a.rmCmd(), a.psCmd(), a.execCmd(),
 		a.attachCmd(), a.logsCmd(), a.inspectCmd(), a.waitCmd(), a.topCmd(), a.statsCmd(), a.renameCmd(), a.cpCmd(), a.loadCmd(),
-		a.importCmd(), a.imagesCmd(), a.imageCmd(), a.rmiCmd(), a.pullCmd(), a.pushCmd(), a.tagCmd(), a.saveCmd(), a.loginCmd(), a.logoutCmd(), a.pruneCmd(), a.infoCmd(), a.doctorCmd(), a.eventsCmd(), a.systemCmd(), a.versionCmd())
+		a.importCmd(), a.imagesCmd(), a.imageCmd(), a.rmiCmd(), a.pullCmd(), a.pushCmd(), a.tagCmd(), a.saveCmd(), a.commitCmd(), a.loginCmd(), a.logoutCmd(), a.pruneCmd(), a.infoCmd(), a.doctorCmd(), a.eventsCmd(), a.systemCmd(), a.versionCmd())
 	for _, sub := range c.Commands() {
 		sub.DisableFlagsInUseLine = true
 		check := sub.Args

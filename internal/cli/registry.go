@@ -124,6 +124,29 @@ func (a *app) tagCmd() *cobra.Command {
 		}})
 }
 
+func (a *app) commitCmd() *cobra.Command {
+	var o coffer.CommitOptions
+	c := a.boxes(&cobra.Command{Use: "commit [flags] BOX [NAME[:TAG]]", Short: "Make an image of a box", Args: between(1, 2, "box"),
+		Long: "Make an image of a box: its image, with what the box has written as one more layer. Volumes are no part of it. The configuration is\n" +
+			"that of the image, with the changes given. Of a box that runs each file is taken as it is; stop it for what belongs together."}, 1)
+	c.Flags().StringArrayVarP(&o.Changes, "change", "c", nil, `set configuration as in a Dockerfile ('CMD sh', 'ENV A=b C="d e"')`)
+	c.Flags().StringVarP(&o.Author, "author", "a", "", "author of the image")
+	c.Flags().StringVarP(&o.Message, "message", "m", "", "what the layer is about")
+	c.RunE = func(c *cobra.Command, args []string) error {
+		if len(args) == 2 {
+			o.Name = args[1]
+		}
+		return a.one(c.Context(), args[0], func(b *coffer.Box) error {
+			img, err := b.Commit(c.Context(), o)
+			if err == nil {
+				fmt.Fprintln(a.out, img.ID)
+			}
+			return err
+		})
+	}
+	return c
+}
+
 func (a *app) saveCmd() *cobra.Command {
 	var output string
 	c := a.images(&cobra.Command{Use: "save [flags] IMAGE...", Short: "Save images as an archive", Args: between(1, -1, "image"),

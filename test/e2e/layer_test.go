@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestRenameToOwnLink: what any user of a box may do to two names of one file does not end the box.
@@ -66,5 +68,31 @@ func TestCoveredProc(t *testing.T) {
 	}
 	if st, err := os.Stat(filepath.Join(vol, "f")); err != nil || st.Mode() != 0o604 {
 		t.Errorf("%v, %v", st, err)
+	}
+}
+
+// TestOpaqueMark: the mark by which a directory hides what the image has of it is where it needs no room: in the mode of the directory on
+// the host, under whatever name the box's kernel sets it.
+func TestOpaqueMark(t *testing.T) {
+	h := newHome(t)
+	id := h.run("run", "-d", "--name", "b", "base", "sleep", "1000")
+	h.run("exec", "b", "sh", "-c", "rm -r /etc; mkdir /etc; echo x > /etc/only")
+	dir := filepath.Join(h.dir, "boxes", id, "state", "upper", "etc")
+	fi, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fi.Mode()&os.ModeSticky == 0 {
+		t.Errorf("mode %v", fi.Mode())
+	}
+	names := make([]byte, 4096)
+	n, err := unix.Listxattr(dir, names)
+	if err != nil || strings.Contains(string(names[:n]), "opaque") {
+		t.Errorf("attributes %q, %v", names[:n], err)
+	}
+	h.run("stop", "-t", "0", "b")
+	h.run("start", "b")
+	if got := h.run("exec", "b", "ls", "/etc"); got != "hostname\nhosts\nonly\nresolv.conf" {
+		t.Errorf("after a restart: %q", got)
 	}
 }

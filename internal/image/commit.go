@@ -1,0 +1,101 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// CommitOptions are the choices of a commit. The zero value is useful.
+type CommitOptions struct {
+	Name    string   // of the new image; may be empty
+	Changes []string // of its configuration, as for [NewConfig]
+	Author  string
+	Message string
+}
+
+// Commit makes an image of another one, of the store, and a layer on top of it: a plain tar stream, which is read to its end.
+func (s *Store) Commit(ctx context.Context, base string, layer io.Reader, o CommitOptions) (Image, error) {
+	var names []string
+	if o.Name != "" {
+		var err error
+		if names, err = fullNames([]string{o.Name}); err != nil {
+			return Image{}, err
+		}
+	}
+	h, err := s.Hold(ctx, base)
+	if err != nil {
+		return Image{}, err
+	}
+	defer h.Close()
+	raw, err := h.small(h.entry.ID)
+	if err != nil {
+		return Image{}, err
+	}
+	conf, err := parseConfig(raw)
+	if err != nil {
+		return Image{}, err
+	}
+	for _, line := range o.Changes {
+		if err := applyChange(&conf.Config, line); err != nil {
+			return Image{}, fmt.Errorf("change %q: %w", line, err)
+		}
+	}
+	if len(conf.RootFS.DiffIDs) != len(h.man.Layers) {
+		return Image{}, fmt.Errorf("image %s has %d layers, its configuration names %d: %w", ShortID(h.entry.ID), len(h.man.Layers), len(conf.RootFS.DiffIDs), ErrFormat)
+	}
+	b, err := newBuilder(h.st, Options{}, false)
+	if err != nil {
+		return Image{}, err
+	}
+	defer b.close()
+	for i, d := range h.man.Layers {
+		if err := b.addHeld(ctx, h, layerSpec{desc: d, diff: conf.RootFS.DiffIDs[i]}); err != nil {
+			return Image{}, err
+		}
+	}
+	if err := b.add(ctx, layer, layerSpec{}); err != nil {
+		return Image{}, err
+	}
+	rid := rootfsID(b.diffs)
+	size, err := b.finish(ctx, rid)
+	if err != nil {
+		return Image{}, err
+	}
+	now := time.Now().UTC()
+	conf.Created, conf.Author = v1.Time{Time: now}, o.Author
+	conf.RootFS.DiffIDs = b.diffs
+	conf.History = append(conf.History, v1.History{Created: conf.Created, CreatedBy: "coffer commit", Author: o.Author, Comment: o.Message})
+	rawConf, err := json.Marshal(conf)
+	if err != nil {
+		return Image{}, err
+	}
+	rawMan, err := makeManifest(hashBytes(rawConf), rawConf, b.layers)
+	if err != nil {
+		return Image{}, err
+	}
+	e, err := stageMeta(h.st, entry{Names: names, Created: now, Size: size, Rootfs: rid, Layers: len(b.diffs)}, rawConf, rawMan)
+	if err != nil {
+		return Image{}, err
+	}
+	imgs, err := h.st.commit(ctx, []entry{e})
+	if err != nil {
+		return Image{}, err
+	}
+	return imgs[0], nil
+}
+
+// addHeld takes the next layer from an image that is held, in whose stage it is already.
+func (b *builder) addHeld(ctx context.Context, h *Held, want layerSpec) error {
+	f, err := h.blob(want.desc.Digest.String())
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	want.staged = func() error { return nil }
+	return b.add(ctx, f, want)
+}
