@@ -131,7 +131,7 @@ func TestCreateOrRemoveImage(t *testing.T) {
 		for i := range boxes {
 			wg.Go(func() {
 				var err error
-				if boxes[i], err = rt.Create(t.Context(), coffer.Spec{Image: "raced", Cmd: []string{"/init"}}); err != nil && !errors.Is(err, coffer.ErrImageNotFound) {
+				if boxes[i], err = rt.Create(t.Context(), coffer.Spec{Image: "raced", Pull: coffer.PullNever, Cmd: []string{"/init"}}); err != nil && !errors.Is(err, coffer.ErrImageNotFound) {
 					t.Errorf("create: %v", err)
 				}
 			})
@@ -183,7 +183,7 @@ func TestErrors(t *testing.T) {
 			t.Errorf("%+v: %v", s, err)
 		}
 	}
-	if _, err := rt.Create(ctx, coffer.Spec{Image: "no-such-image"}); !errors.Is(err, coffer.ErrImageNotFound) {
+	if _, err := rt.Create(ctx, coffer.Spec{Image: "no-such-image", Pull: coffer.PullNever}); !errors.Is(err, coffer.ErrImageNotFound) {
 		t.Errorf("unknown image: %v", err)
 	}
 	b, err := rt.Run(ctx, coffer.Spec{Image: "base", Name: "b", Cmd: []string{"sleep", "600"}})

@@ -55,6 +55,9 @@ func (a *archiver) dir(fd int, name string) error {
 		if a.t.reserved(n) || a.skip(full) {
 			continue
 		}
+		if strings.HasPrefix(n, ".wh.") {
+			return fmt.Errorf("file %q of the layer: names that begin with .wh. mean that something is deleted in layers of images: rename or remove it", full)
+		}
 		if err := a.entry(fd, n, full); err != nil && !errors.Is(err, unix.ENOENT) { // gone meanwhile
 			return fmt.Errorf("file %q of the layer: %w", full, err)
 		}
@@ -163,6 +166,9 @@ func (a *archiver) attributes(fd int, h *tar.Header) error {
 		own, ok := strings.CutPrefix(name, guestAttrs)
 		if !ok {
 			continue
+		}
+		if strings.Contains(own, "=") {
+			return fmt.Errorf("its attribute %q has a name that layers of images cannot hold: remove it", own)
 		}
 		value := make([]byte, maxAttr)
 		n, err := unix.Fgetxattr(fd, name, value)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/docker/go-units"
@@ -88,7 +89,11 @@ func (a *app) pushCmd() *cobra.Command {
 				defer fmt.Fprint(a.err, "\r\x1b[K")
 			}
 			digest, err := rt.Push(c.Context(), ref, coffer.PushOptions{PlainHTTP: o.plainHTTP, Progress: show})
-			if err == nil {
+			switch {
+			case err != nil:
+			case quiet:
+				fmt.Fprintln(a.out, digest)
+			default:
 				fmt.Fprintf(a.out, "%s: digest %s\n", ref, digest)
 			}
 			return err
@@ -176,16 +181,15 @@ func writeWhole(path string, fn func(io.Writer) error) (err error) {
 		}
 		return errors.Join(fn(f), f.Close())
 	}
-	part := path + ".part"
-	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o666)
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
 	if err != nil {
 		return err
 	}
-	if err = errors.Join(fn(f), f.Close()); err == nil {
-		err = os.Rename(part, path)
+	if err = errors.Join(fn(f), f.Chmod(0o644), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
-		_ = os.Remove(part)
+		_ = os.Remove(f.Name())
 	}
 	return err
 }
@@ -204,7 +208,7 @@ func (a *app) loginCmd() *cobra.Command {
 	c.RunE = func(c *cobra.Command, args []string) error {
 		host := ""
 		if len(args) > 0 {
-			host = strings.TrimSuffix(strings.TrimPrefix(args[0], "https://"), "/")
+			host = args[0]
 		}
 		if stdin && password != "" {
 			return errors.New("--password and --password-stdin exclude each other")
@@ -214,7 +218,7 @@ func (a *app) loginCmd() *cobra.Command {
 			if stdin {
 				return errors.New("--password-stdin needs --username")
 			}
-			if user, err = a.ask("Username: "); err != nil {
+			if user, err = a.ask(c.Context(), "Username: "); err != nil {
 				return err
 			}
 		}
@@ -222,7 +226,7 @@ func (a *app) loginCmd() *cobra.Command {
 		case stdin:
 			password, err = readSecret(a.in)
 		case password == "":
-			password, err = a.askSecret("Password: ")
+			password, err = a.askSecret(c.Context(), "Password: ")
 		}
 		if err != nil {
 			return err
@@ -262,24 +266,48 @@ func (a *app) logoutCmd() *cobra.Command {
 }
 
 // ask reads a line at a terminal.
-func (a *app) ask(what string) (string, error) {
-	if !isTerminal(a.in) {
-		return "", errors.New("standard input is not a terminal: give --username and --password-stdin")
-	}
-	fmt.Fprint(a.err, what)
-	line, err := bufio.NewReader(a.in).ReadString('\n')
-	return strings.TrimSpace(line), err
+func (a *app) ask(ctx context.Context, what string) (string, error) {
+	return a.prompt(ctx, what, "--username and --password-stdin", func() (string, error) {
+		line, err := bufio.NewReader(a.in).ReadString('\n')
+		return strings.TrimSpace(line), err
+	})
 }
 
 // askSecret is ask for what must not be shown.
-func (a *app) askSecret(what string) (string, error) {
+func (a *app) askSecret(ctx context.Context, what string) (string, error) {
+	defer fmt.Fprintln(a.err)
+	return a.prompt(ctx, what, "--password-stdin", func() (string, error) {
+		b, err := term.ReadPassword(int(a.in.Fd()))
+		return string(b), err
+	})
+}
+
+// prompt reads what somebody types, until ctx ends; the terminal is then as it was.
+func (a *app) prompt(ctx context.Context, what, instead string, read func() (string, error)) (string, error) {
 	if !isTerminal(a.in) {
-		return "", errors.New("standard input is not a terminal: give --password-stdin")
+		return "", fmt.Errorf("standard input is not a terminal: give %s", instead)
+	}
+	before, err := term.GetState(int(a.in.Fd()))
+	if err != nil {
+		return "", err
 	}
 	fmt.Fprint(a.err, what)
-	b, err := term.ReadPassword(int(a.in.Fd()))
-	fmt.Fprintln(a.err)
-	return string(b), err
+	type answer struct {
+		text string
+		err  error
+	}
+	got := make(chan answer, 1)
+	go func() {
+		text, err := read()
+		got <- answer{text, err}
+	}()
+	select {
+	case r := <-got:
+		return r.text, r.err
+	case <-ctx.Done():
+		_ = term.Restore(int(a.in.Fd()), before)
+		return "", errInterrupted
+	}
 }
 
 // readSecret reads all there is, without the end of the line.

@@ -67,21 +67,28 @@ type Pushed struct {
 	Total int64 `json:"total"`
 }
 
-// kinds are the errors that callers tell apart.
-func kinds() map[string]error {
-	return map[string]error{
-		"denied": image.ErrDenied, "not offered": image.ErrNotOffered, "not found": image.ErrNotFound, "ambiguous": image.ErrAmbiguous,
-		"too large": image.ErrTooLarge, "format": image.ErrFormat, "digest": image.ErrDigest, "canceled": context.Canceled,
-		"read-only": syscall.EROFS, "permission": os.ErrPermission,
+// kind is a kind of error that callers tell apart.
+type kind struct {
+	name string
+	is   error
+}
+
+// kinds are all of them. Of an error that is of several the first counts.
+func kinds() []kind {
+	return []kind{
+		{"denied", image.ErrDenied}, {"not offered", image.ErrNotOffered}, {"not found", image.ErrNotFound}, {"ambiguous", image.ErrAmbiguous},
+		{"too large", image.ErrTooLarge}, {"format", image.ErrFormat}, {"digest", image.ErrDigest},
+		{"read-only", syscall.EROFS}, {"permission", os.ErrPermission}, {"canceled", context.Canceled},
 	}
 }
 
 // Fail notes an error in a result.
 func (r *Result) Fail(err error) {
 	r.Error = err.Error()
-	for kind, is := range kinds() {
-		if errors.Is(err, is) {
-			r.Kind = kind
+	for _, k := range kinds() {
+		if errors.Is(err, k.is) {
+			r.Kind = k.name
+			return
 		}
 	}
 }
@@ -113,12 +120,20 @@ func Run(ctx context.Context, cmd *exec.Cmd, req Request, steps func(Answer)) (R
 	cmd.Stderr = &words
 	// A signal from the terminal is for the program that runs this one, which then calls the errand off.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = time.Second // for who else has its standard error open
 	if err := cmd.Start(); err != nil {
 		return Result{}, fmt.Errorf("start the program that reaches registries: %w", err)
 	}
+	done := make(chan struct{})
+	defer close(done)
 	stop := context.AfterFunc(ctx, func() {
 		in.Close()
-		time.AfterFunc(patience, func() { _ = cmd.Process.Kill() })
+		select {
+		case <-done:
+		case <-time.After(patience):
+			// With what it has started: a helper for credentials may wait for a person.
+			_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		}
 	})
 	defer stop()
 	err = json.NewEncoder(in).Encode(req)
@@ -135,8 +150,16 @@ func Run(ctx context.Context, cmd *exec.Cmd, req Request, steps func(Answer)) (R
 	_, _ = io.Copy(io.Discard, out)
 	werr := cmd.Wait()
 	switch {
+	case res != nil && res.Error != "" && ctx.Err() != nil:
+		return *res, ctx.Err()
 	case res != nil && res.Error != "":
-		return *res, &remoteError{res.Error, kinds()[res.Kind]}
+		e := &remoteError{text: res.Error}
+		for _, k := range kinds() {
+			if k.name == res.Kind {
+				e.is = k.is
+			}
+		}
+		return *res, e
 	case res != nil:
 		return *res, nil
 	case ctx.Err() != nil:

@@ -80,6 +80,7 @@ type layerSpec struct {
 	diff v1.Hash       // of the unpacked layer
 	// staged is set for a layer whose blob somebody else stages and checks, and waits until that is done.
 	staged func() error
+	plain  bool // it is an archive as it is, whatever its first bytes look like
 }
 
 // add takes the next layer from src.
@@ -125,8 +126,10 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 func (b *builder) unpack(ctx context.Context, src io.Reader, keep *blobKeeper, diff hash.Hash) error {
 	in := bufio.NewReaderSize(src, 256<<10)
 	var err error
-	if keep.kind, err = compressionOf(in); err != nil {
-		return err
+	if !keep.want.plain {
+		if keep.kind, err = compressionOf(in); err != nil {
+			return err
+		}
 	}
 	var packed io.Reader = in
 	if keep.asIs() {

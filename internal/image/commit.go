@@ -58,7 +58,7 @@ func (s *Store) Commit(ctx context.Context, base string, layer io.Reader, o Comm
 			return Image{}, err
 		}
 	}
-	if err := b.add(ctx, layer, layerSpec{}); err != nil {
+	if err := b.add(ctx, layer, layerSpec{plain: true}); err != nil {
 		return Image{}, err
 	}
 	rid := rootfsID(b.diffs)

@@ -31,8 +31,9 @@ type fetcher struct {
 	remote Remote
 	opts   PullOptions
 
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	refused error
 
 	mu     sync.Mutex // for progress
 	layers map[v1.Hash]*download
@@ -54,6 +55,9 @@ func (f *fetcher) tell(p Progress) {
 // begin implements layerSource: it begins to fetch the layers, the lowest first, and returns at once.
 func (f *fetcher) begin(ctx context.Context, d description) {
 	layers := d.manifest.Layers
+	if f.refused = f.check(layers); f.refused != nil {
+		return
+	}
 	ctx, f.cancel = context.WithCancel(ctx)
 	var all []*download
 	for _, d := range layers {
@@ -81,10 +85,31 @@ func (f *fetcher) begin(ctx context.Context, d description) {
 	})
 }
 
-// close ends what is still being fetched, and waits for it.
-func (f *fetcher) close() {
+// check refuses what would fill the disk before it is unpacked.
+func (f *fetcher) check(layers []v1.Descriptor) error {
+	if len(layers) > f.opts.Limits.Layers {
+		return fmt.Errorf("more than %d layers: %w", f.opts.Limits.Layers, ErrTooLarge)
+	}
+	left := f.opts.Limits.Bytes
+	for _, d := range layers {
+		if d.Size < 0 {
+			return fmt.Errorf("layer %s has a size of %d: %w", d.Digest, d.Size, ErrFormat)
+		}
+		if left -= d.Size; left < 0 {
+			return fmt.Errorf("its layers have more than %d bytes: %w", f.opts.Limits.Bytes, ErrTooLarge)
+		}
+	}
+	return nil
+}
+
+// stop ends what is still being fetched, and waits for it.
+func (f *fetcher) stop() {
 	f.cancel()
 	f.wg.Wait()
+}
+
+// close lets go of the files. It comes after stop.
+func (f *fetcher) close() {
 	for _, l := range f.layers {
 		if l.file != nil {
 			l.file.Close()
@@ -94,24 +119,32 @@ func (f *fetcher) close() {
 
 // layer implements layerSource: what is read of it waits for what has not come yet.
 func (f *fetcher) layer(ctx context.Context, d description, i int) (io.ReadCloser, func() error, error) {
+	if f.refused != nil {
+		return nil, nil, f.refused
+	}
 	l := f.layers[d.manifest.Layers[i].Digest]
 	return &downloadReader{ctx: ctx, f: f, l: l}, func() error { return l.wait(ctx) }, nil
 }
 
-// distrust removes the blobs from the store that this pull has found there and that are not what they should be, and tells if there
-// were any. It is called when something is not right and all has come to rest.
-func (f *fetcher) distrust() (found bool) {
+// distrust removes the blobs from the store that this pull has found there and that are not what they should be. It tells whether another
+// try may go better: if there were any, or if what an earlier pull had left was of no use. It is called when something is not right and
+// nothing is being fetched any more.
+func (f *fetcher) distrust() (again bool) {
 	for digest, l := range f.layers {
+		if l.resumed && errors.Is(l.err, ErrDigest) {
+			again = true
+		}
 		if !l.old {
 			continue
 		}
 		sum := sha256.New()
-		if _, err := io.Copy(sum, io.NewSectionReader(l.file, 0, l.desc.Size)); err != nil || sumHash(sum) != digest {
-			f.st.s.log.Warn("a damaged layer is fetched again", "layer", digest, "error", err)
-			found = os.Remove(f.st.s.path(blobPlace(digest.String()))) == nil || found
+		if _, err := io.Copy(sum, io.NewSectionReader(l.file, 0, l.desc.Size)); err != nil || sumHash(sum) == digest {
+			continue // one that cannot be read now is not known to be wrong
 		}
+		f.st.s.log.Warn("a damaged layer is fetched again", "layer", digest)
+		again = os.Remove(f.st.s.path(blobPlace(digest.String()))) == nil || again
 	}
-	return found
+	return again
 }
 
 // download is one blob on its way.
@@ -123,8 +156,10 @@ type download struct {
 	file *os.File      // nil until there is anything
 	n    int64         // bytes of it that can be read
 	old  bool          // it was in the store
-	done bool
-	err  error
+	// resumed says that an earlier pull has fetched the beginning.
+	resumed bool
+	done    bool
+	err     error
 }
 
 func newDownload(d v1.Descriptor) *download { return &download{desc: d, more: make(chan struct{})} }
@@ -298,7 +333,7 @@ func (f *fetcher) fetchTo(ctx context.Context, l *download, part *os.File) error
 	if err != nil {
 		return fmt.Errorf("read what came before: %w", err)
 	}
-	l.set(func() { l.n = n })
+	l.set(func() { l.n, l.resumed = n, n > 0 })
 	for fruitless := 0; n < l.desc.Size; {
 		got, err := f.fetchOnce(ctx, l, part, sum, n)
 		n += got
@@ -329,7 +364,8 @@ func (f *fetcher) fetchTo(ctx context.Context, l *download, part *os.File) error
 		// Gone on with, it would never be right.
 		return errors.Join(fmt.Errorf("%w: what came is %s", ErrDigest, got), os.Remove(part.Name()))
 	}
-	return part.Sync()
+	// A manifest that lied about the size may have left more.
+	return errors.Join(part.Truncate(l.desc.Size), part.Sync())
 }
 
 // cutError is the end of a download before its end.
@@ -357,7 +393,7 @@ func (f *fetcher) fetchOnce(ctx context.Context, l *download, part *os.File, sum
 	if start < 0 || start > from {
 		return 0, fmt.Errorf("the registry sends it from byte %d on, byte %d was asked for", start, from)
 	}
-	if _, err := io.CopyN(io.Discard, body, from-start); err != nil {
+	if _, err := io.CopyN(io.Discard, movingReader{body, watch}, from-start); err != nil {
 		return 0, cut(err)
 	}
 	buf := make([]byte, 128<<10)
@@ -389,6 +425,18 @@ func (f *fetcher) fetchOnce(ctx context.Context, l *download, part *os.File, sum
 			return at - from, cut(err)
 		}
 	}
+}
+
+// movingReader notes that a stream moves.
+type movingReader struct {
+	io.Reader
+	watch *time.Timer
+}
+
+func (r movingReader) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	r.watch.Reset(stall)
+	return n, err
 }
 
 // publish gives a checked blob its place, where other pulls find it from now on, too. It is nobody's yet: if this pull comes to nothing,

@@ -281,9 +281,11 @@ func layoutNames(ref string) ([]string, error) {
 type layoutReader struct {
 	read func(h v1.Hash, limit int64) ([]byte, error)
 	want Platform
-	path map[v1.Hash]bool // indexes on the way to the present one, which may not hold them; two may hold a third, under two names
-	seen int              // manifests and indexes so far
-	all  []candidate
+	// nameless ignores the names that an index gives.
+	nameless bool
+	path     map[v1.Hash]bool // indexes on the way to the present one, which may not hold them; two may hold a third, under two names
+	seen     int              // manifests and indexes so far
+	all      []candidate
 }
 
 func newLayoutReader(read func(v1.Hash, int64) ([]byte, error), want Platform) *layoutReader {
@@ -320,7 +322,9 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 			return fmt.Errorf("more than %d manifests: %w", maxImages, ErrTooLarge)
 		}
 		own := names
-		if v := d.Annotations[annotationName]; v != "" {
+		if l.nameless {
+			// What it calls them does not matter.
+		} else if v := d.Annotations[annotationName]; v != "" {
 			own, err = layoutNames(v)
 		} else if v := d.Annotations[annotationRef]; v != "" && len(names) == 0 {
 			own, err = layoutNames(v)

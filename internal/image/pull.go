@@ -128,7 +128,7 @@ func (s *Store) pulled(name Name, digest v1.Hash, p Platform) (Image, bool) {
 	}
 	for i := range idx.Images {
 		e := &idx.Images[i]
-		if !slices.Contains(e.Digests, name.canonical(digest.String())) || name.Tag != "" && !slices.Contains(e.Names, name.tagged()) {
+		if !slices.Contains(e.Digests, name.canonical(digest.String())) || name.Digest == "" && !slices.Contains(e.Names, name.tagged()) {
 			continue
 		}
 		if img, err := s.image(e); err == nil && p.Check(&img.Config) == nil {
@@ -170,11 +170,13 @@ func (s *Store) pull(ctx context.Context, name Name, digest v1.Hash, r Remote, o
 	}
 	defer st.close()
 	var e entry
-	for again := true; ; again = false {
+	for round := range 2 {
 		f := newFetcher(st, r, opts)
 		e, err = s.loadOne(ctx, st, f, d, Options{Limits: opts.Limits}, opts.Platform)
+		f.stop()
+		again := round == 0 && err != nil && ctx.Err() == nil && f.distrust()
 		f.close()
-		if err == nil || ctx.Err() != nil || !again || !f.distrust() {
+		if !again {
 			break
 		}
 		st.forget()
@@ -186,7 +188,7 @@ func (s *Store) pull(ctx context.Context, name Name, digest v1.Hash, r Remote, o
 		return nil, err
 	}
 	e.Names = nil
-	if name.Tag != "" {
+	if name.Digest == "" { // beside a digest, a tag is only a word: the registry was not asked what it stands for
 		e.Names = []string{name.tagged()}
 	}
 	e.Digests = []string{name.canonical(digest.String())}
@@ -218,6 +220,7 @@ func choose(ctx context.Context, raw []byte, digest v1.Hash, r Remote, p Platfor
 		}
 		return b, err
 	}, p)
+	l.nameless = true
 	if !isIndex(raw) {
 		d, err := l.image(digest)
 		if err != nil {

@@ -452,6 +452,64 @@ func TestPullMendsTheStore(t *testing.T) {
 	}
 }
 
+// A pull that fails takes nothing away from images that are there, and what an earlier one left and was damaged does not fail a next.
+func TestPullThatFails(t *testing.T) {
+	one, two := sampleImage(t, "one"), sampleImage(t, "two")
+	s, r := newStore(t), newRemote(t, map[string]testImage{"1": one, "2": two})
+	if _, _, err := s.Pull(t.Context(), mustName(t, "h.example/app:1"), r, PullOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	gone := r.blobs[hashBytes(two.packed[2])]
+	delete(r.blobs, hashBytes(two.packed[2]))
+	if _, _, err := s.Pull(t.Context(), mustName(t, "h.example/app:2"), r, PullOptions{}); !errors.Is(err, errNotThere) {
+		t.Fatalf("error %v", err)
+	}
+	if b, err := os.ReadFile(s.blobPath(hashBytes(one.packed[0]).String())); err != nil || hashBytes(b) != hashBytes(one.packed[0]) {
+		t.Errorf("the layer that both have: %v", err)
+	}
+	if n := len(r.fetched[hashBytes(one.packed[0])]); n != 1 {
+		t.Errorf("it was fetched %d times", n)
+	}
+	r.blobs[hashBytes(two.packed[2])] = gone
+	// Half of it is there, and not what it should be; or more of it than there is.
+	part := s.path("pull", hashBytes(gone).Hex+".part")
+	for name, left := range map[string][]byte{"other bytes": make([]byte, len(gone)/2), "more": append(bytes.Clone(gone), "more"...)} {
+		if err := os.WriteFile(part, left, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		img, _, err := s.Pull(t.Context(), mustName(t, "h.example/app:2"), r, PullOptions{})
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		checkSample(t, s, img, "two")
+		if _, err := s.Remove(t.Context(), img.ID, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	checkPulls(t, s)
+}
+
+// What a manifest says of the sizes of its layers is believed only within the limits.
+func TestPullOfHugeLayers(t *testing.T) {
+	s, r := newStore(t), newRemote(t, map[string]testImage{"1": sampleImage(t, "one")})
+	for _, size := range []int64{-1, defaultBytes, 1 << 62} {
+		m, err := parseManifest(r.blobs[r.tags["1"]])
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Layers[0].Size, m.Layers[1].Size = size, size
+		b := toJSON(t, m)
+		r.blobs[hashBytes(b)], r.tags["huge"] = b, hashBytes(b)
+		before := r.requests()
+		if _, _, err := s.Pull(t.Context(), mustName(t, "h.example/app:huge"), r, PullOptions{}); err == nil {
+			t.Fatal("it was taken")
+		}
+		if n := r.requests() - before; n > 1 { // the configuration
+			t.Errorf("%d blobs were asked for", n)
+		}
+	}
+}
+
 // Any number of processes may pull at once: nothing is fetched twice.
 func TestPullTogether(t *testing.T) {
 	one, two := sampleImage(t, "one"), sampleImage(t, "two")

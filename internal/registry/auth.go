@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/docker/cli/cli/config"
 	"github.com/docker/cli/cli/config/configfile"
@@ -22,6 +23,7 @@ import (
 // Login tries credentials on a registry and keeps those that are taken: in Docker's configuration, or its credential helper, where
 // there is one, else in auth.json. It returns the file.
 func (c *Client) Login(ctx context.Context, registry, user, password string) (string, error) {
+	registry = Canonical(registry)
 	e, err := c.endpoint(apiHost(registry), "x")
 	if err != nil {
 		return "", err
@@ -44,6 +46,15 @@ func (c *Client) Login(ctx context.Context, registry, user, password string) (st
 	}
 	if err != nil {
 		return "", fmt.Errorf("keep the credentials for %s: %w", registry, err)
+	}
+	if own, err := readAuth(c.authFile()); cf.Filename != c.authFile() && err == nil {
+		// Those of a time without Docker would be found first.
+		if _, old := own.AuthConfigs[key]; old {
+			delete(own.AuthConfigs, key)
+			if err := own.Save(); err != nil {
+				return "", fmt.Errorf("forget the older credentials for %s: %w", registry, err)
+			}
+		}
 	}
 	return cf.Filename, nil
 }
@@ -76,6 +87,7 @@ func (c *Client) check(ctx context.Context, reg name.Registry, auth authn.Authen
 
 // Logout forgets the credentials for a registry, and tells if there were any.
 func (c *Client) Logout(registry string) (bool, error) {
+	registry = Canonical(registry)
 	key, found := authKey(registry), false
 	cf, err := c.credentials()
 	if err != nil {
@@ -89,7 +101,11 @@ func (c *Client) Logout(registry string) (bool, error) {
 	}
 	for _, cf := range files {
 		store := cf.GetCredentialsStore(key)
-		if have, err := store.Get(key); err != nil || have.Username == "" && have.IdentityToken == "" && have.RegistryToken == "" {
+		have, err := store.Get(key)
+		if err != nil {
+			return found, fmt.Errorf("look for the credentials for %s: %w", registry, err)
+		}
+		if have.Username == "" && have.IdentityToken == "" && have.RegistryToken == "" {
 			continue
 		}
 		if err := store.Erase(key); err != nil {
@@ -98,6 +114,17 @@ func (c *Client) Logout(registry string) (bool, error) {
 		found = true
 	}
 	return found, nil
+}
+
+// Canonical is the name of a registry as people may give it: as a URL, and Docker Hub by any of its names.
+func Canonical(registry string) string {
+	registry = strings.TrimSuffix(strings.TrimPrefix(registry, "https://"), "/")
+	registry = strings.TrimSuffix(strings.TrimSuffix(registry, "/v1"), "/v2")
+	switch registry {
+	case "", "index.docker.io", "registry-1.docker.io", "hub.docker.com":
+		return DockerHub
+	}
+	return registry
 }
 
 // authKey is what Docker calls a registry in its configuration.

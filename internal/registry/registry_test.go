@@ -612,3 +612,35 @@ func TestRangeStart(t *testing.T) {
 		}
 	}
 }
+
+func TestCanonical(t *testing.T) {
+	for s, want := range map[string]string{
+		"": DockerHub, "docker.io": DockerHub, "index.docker.io": DockerHub, "https://index.docker.io/v1/": DockerHub,
+		"https://reg.example/": "reg.example", "reg.example:5000": "reg.example:5000",
+	} {
+		if got := Canonical(s); got != want {
+			t.Errorf("%q: %q", s, got)
+		}
+	}
+}
+
+// Credentials that are kept by Docker take the place of those from before it was there.
+func TestOlderCredentials(t *testing.T) {
+	home, dir := t.TempDir(), t.TempDir()
+	t.Setenv("HOME", home)
+	t.Setenv("DOCKER_CONFIG", "")
+	s := newServer(t, false, guard(t, false))
+	c := client(t, Config{Dir: dir, PlainHTTP: s.host})
+	if _, err := c.Login(t.Context(), s.host, "me", "secret"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Mkdir(filepath.Join(home, ".docker"), 0o700), os.WriteFile(filepath.Join(home, ".docker", "config.json"), []byte(`{}`), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Login(t.Context(), s.host, "me", "secret"); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "auth.json")); err != nil || strings.Contains(string(b), s.host) {
+		t.Errorf("auth.json: %s, %v", b, err)
+	}
+}

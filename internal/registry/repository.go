@@ -132,7 +132,9 @@ func (r *Repository) Push(ctx context.Context, img v1.Image, tag string, progres
 		var done sync.WaitGroup
 		done.Go(func() {
 			for u := range updates {
-				progress(u.Complete, u.Total)
+				if u.Error == nil {
+					progress(u.Complete, u.Total)
+				}
 			}
 		})
 		defer done.Wait() // remote.Write closes the channel
@@ -220,13 +222,27 @@ func (e *endpoint) transport(ctx context.Context, scope string) (http.RoundTripp
 	return t, nil
 }
 
+// manifestTime is how long a manifest may take, which is small.
+const manifestTime = 3 * time.Minute
+
+// finalError is one that nothing is tried again for.
+type finalError struct{ error }
+
+func (e *finalError) Unwrap() error { return e.error }
+
 func (e *endpoint) manifest(ctx context.Context, ref string, limit int64) ([]byte, error) {
-	resp, err := e.do(ctx, http.MethodGet, "manifests/"+ref, http.Header{"Accept": {manifestTypes}}, http.StatusOK)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	ctx, cancel := context.WithTimeout(ctx, manifestTime)
+	defer cancel()
+	var b []byte
+	err := retry(ctx, func() error {
+		resp, err := e.do(ctx, http.MethodGet, "manifests/"+ref, http.Header{"Accept": {manifestTypes}}, http.StatusOK)
+		if err != nil {
+			return &finalError{err} // it has tried often enough
+		}
+		defer resp.Body.Close()
+		b, err = io.ReadAll(io.LimitReader(resp.Body, limit+1))
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("read manifest %s: %w", ref, err)
 	}
@@ -309,6 +325,10 @@ func retry(ctx context.Context, fn func() error) error {
 
 // temporary tells a failure that may be over the next time.
 func temporary(err error) bool {
+	var final *finalError
+	if errors.As(err, &final) {
+		return false
+	}
 	var te *transport.Error
 	if errors.As(err, &te) {
 		switch te.StatusCode {
