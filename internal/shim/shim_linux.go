@@ -129,7 +129,9 @@ func (s *shim) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer lock.Unlock()
+	if err := lock.Keep(); err != nil {
+		return err
+	}
 	if err := s.open(ctx); err != nil {
 		return err
 	}

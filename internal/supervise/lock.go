@@ -104,6 +104,15 @@ func (l *Lock) write(who any) error {
 // File is the locked file, for handing the lock on to a child.
 func (l *Lock) File() *os.File { return l.f }
 
+// Keep has the lock last as long as this process does: what is done to l no longer matters to it. So whoever finds it free knows that the
+// process is gone, and not only about to go.
+func (l *Lock) Keep() error {
+	if _, err := unix.FcntlInt(l.f.Fd(), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+		return fmt.Errorf("keep lock %s: %w", l.f.Name(), err)
+	}
+	return nil
+}
+
 // Unlock lets go of the lock; the file stays.
 func (l *Lock) Unlock() { l.f.Close() }
 
