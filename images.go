@@ -186,7 +186,7 @@ func (r *Runtime) errand(ctx context.Context, req courier.Request, steps func(co
 		return courier.Result{}, r.unwritable(err)
 	}
 	defer set.Close()
-	req.Home, req.Images, req.UserAgent = r.home.Root, r.home.Images(), "coffer/"+Version()
+	req.Home, req.UserAgent = r.home.Root, "coffer/"+Version()
 	return courier.Run(ctx, exec.Command(set.Registry), req, steps)
 }
 
@@ -235,15 +235,13 @@ func (r *Runtime) GetImage(ctx context.Context, ref string) (Image, error) {
 // Login tries credentials on a registry and keeps them, and returns the file: Docker's configuration where there is one, else auth.json
 // in the home, which is this user's alone. Credentials that are refused are [ErrDenied]. An empty registry is Docker Hub.
 func (r *Runtime) Login(ctx context.Context, host, user, password string, plainHTTP bool) (string, error) {
-	res, err := r.errand(ctx, courier.Request{Op: courier.Login, Registry: first(host, dockerHub), User: user, Password: password, PlainHTTP: plainHTTP}, nil)
+	res, err := r.errand(ctx, courier.Request{Op: courier.Login, Registry: host, User: user, Password: password, PlainHTTP: plainHTTP}, nil)
 	return res.File, err
 }
 
-const dockerHub = "docker.io"
-
 // Logout forgets the credentials for a registry, and tells if there were any. An empty registry is Docker Hub.
 func (r *Runtime) Logout(ctx context.Context, host string) (bool, error) {
-	res, err := r.errand(ctx, courier.Request{Op: courier.Logout, Registry: first(host, dockerHub)}, nil)
+	res, err := r.errand(ctx, courier.Request{Op: courier.Logout, Registry: host}, nil)
 	return res.Found, err
 }
 

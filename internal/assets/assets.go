@@ -1,6 +1,6 @@
 // Package assets carries what a box needs besides the coffer program itself: the agent, the gVisor sentry, the scaffold image that
-// holds the agent, the program that reaches registries, and the archive of the image `base`. They are embedded, so that one file can be copied anywhere, and taken out
-// once per version into the home directory, since a program must be a file to be run.
+// holds the agent, the program that reaches registries, and the archive of the image `base`. They are embedded, so that one file can
+// be copied anywhere, and taken out once per version into the home directory, since a program must be a file to be run.
 //
 // The package starts nothing and knows nothing of boxes or images. Its files are made by the program in mkassets.
 //

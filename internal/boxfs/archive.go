@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/abi/linux"
 )
 
 // Archive writes what a box's own layer holds as a layer of an image: with the owners, modes, links and attributes that the guest sees,
@@ -77,21 +78,22 @@ func (a *archiver) entry(dir int, name, full string) error {
 		f.Close()
 		return err
 	}
-	if uint32(st.Mode)&unix.S_IFMT == unix.S_IFDIR {
-		return a.directory(f, full, a.header(full, st.Mode, uint32(st.UID), uint32(st.GID), st.Mtime.Sec, int64(st.Mtime.Nsec)))
+	h := &tar.Header{Name: full, Mode: int64(st.Mode & 0o7777), Uid: int(st.UID), Gid: int(st.GID), ModTime: time.Unix(st.Mtime.Sec, int64(st.Mtime.Nsec)),
+		Format: tar.FormatPAX}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return a.directory(f, full, h)
 	}
 	defer f.Close()
-	if st.Mode&unix.S_IFMT == unix.S_IFCHR && st.RdevMajor == 0 && st.RdevMinor == 0 {
+	if isWhiteout(linux.FileMode(st.Mode), st.RdevMajor, st.RdevMinor) {
 		return a.w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: path.Join(path.Dir(full), ".wh."+name), Mode: 0o644})
 	}
 	if first, ok := a.links[st.Ino]; ok && st.Nlink > 1 {
 		return a.w.WriteHeader(&tar.Header{Typeflag: tar.TypeLink, Name: full, Linkname: first})
 	}
-	h := a.header(full, st.Mode, uint32(st.UID), uint32(st.GID), st.Mtime.Sec, int64(st.Mtime.Nsec))
 	if err := a.attributes(fd, h); err != nil {
 		return err
 	}
-	switch uint32(st.Mode) & unix.S_IFMT {
+	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFLNK:
 		target, err := io.ReadAll(io.LimitReader(f, unix.PathMax))
 		if err != nil {
@@ -100,7 +102,7 @@ func (a *archiver) entry(dir int, name, full string) error {
 		h.Typeflag, h.Linkname = tar.TypeSymlink, string(target)
 	case unix.S_IFCHR, unix.S_IFBLK:
 		h.Typeflag, h.Devmajor, h.Devminor = tar.TypeChar, int64(st.RdevMajor), int64(st.RdevMinor)
-		if uint32(st.Mode)&unix.S_IFMT == unix.S_IFBLK {
+		if st.Mode&unix.S_IFMT == unix.S_IFBLK {
 			h.Typeflag = tar.TypeBlock
 		}
 	default:
@@ -149,10 +151,6 @@ func (a *archiver) directory(f *os.File, full string, h *tar.Header) error {
 		return err
 	}
 	return a.dir(fd, full)
-}
-
-func (a *archiver) header(name string, mode uint16, uid, gid uint32, sec, nsec int64) *tar.Header {
-	return &tar.Header{Name: name, Mode: int64(mode & 0o7777), Uid: int(uid), Gid: int(gid), ModTime: time.Unix(sec, nsec), Format: tar.FormatPAX}
 }
 
 // attributes adds the guest's own extended attributes.

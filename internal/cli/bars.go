@@ -6,8 +6,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/docker/go-units"
-
 	"github.com/coffer-box/coffer"
 )
 
@@ -72,7 +70,7 @@ func (b *bars) draw() {
 		fmt.Fprintf(&s, "\x1b[%dA", b.drawn)
 	}
 	for _, l := range show {
-		line := fmt.Sprintf("%s %-11s [%s] %s / %s", l.id, l.status, l.bar(), units.HumanSize(float64(l.now)), units.HumanSize(float64(l.total)))
+		line := fmt.Sprintf("%s %-11s [%s] %s / %s", l.id, l.status, l.bar(), size(l.now), size(l.total))
 		fmt.Fprintf(&s, "\r%s\x1b[K\n", line[:min(len(line), max(1, b.cols-1))])
 	}
 	b.drawn = len(show)

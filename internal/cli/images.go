@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
 	"github.com/coffer-box/coffer"
@@ -108,7 +107,7 @@ func (a *app) imagesCmd() *cobra.Command {
 					if i.Damaged != "" {
 						return "damaged"
 					}
-					return units.HumanSize(float64(i.Size))
+					return size(i.Size)
 				}},
 			})
 		})
@@ -124,20 +123,10 @@ func shortID(id string) string {
 func (a *app) rmiCmd() *cobra.Command {
 	return a.images(&cobra.Command{Use: "rmi IMAGE [IMAGE...]", Short: "Remove images", Args: between(1, -1, "image"),
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.with(c.Context(), func(rt *coffer.Runtime) error {
-				failed := false
-				for _, ref := range args {
-					res, err := rt.RemoveImage(c.Context(), ref)
-					a.removed(res)
-					if err != nil {
-						failed = true
-						a.complain(err)
-					}
-				}
-				if failed {
-					return exitError(codeFailed)
-				}
-				return nil
+			return a.eachImage(c.Context(), args, func(rt *coffer.Runtime, ref string) error {
+				res, err := rt.RemoveImage(c.Context(), ref)
+				a.removed(res)
+				return err
 			})
 		}})
 }
@@ -181,7 +170,7 @@ func (a *app) pruneCmd() *cobra.Command {
 				fmt.Fprintln(a.out, "Removed leftover:", n)
 			}
 			a.removed(res.Images)
-			fmt.Fprintln(a.out, "Reclaimed:", units.HumanSize(float64(res.Freed)))
+			fmt.Fprintln(a.out, "Reclaimed:", size(res.Freed))
 			return err
 		})
 	}

@@ -67,7 +67,7 @@ func (a *app) psCmd() *cobra.Command {
 				{"NAME", psRow.Names},
 			}
 			if sizes {
-				cols = append(cols, column[psRow]{"SIZE", func(r psRow) string { return units.HumanSize(float64(r.Size)) }})
+				cols = append(cols, column[psRow]{"SIZE", func(r psRow) string { return size(r.Size) }})
 			}
 			return errors.Join(failed, show(a.out, f, rows, cols))
 		})

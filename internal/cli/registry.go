@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/term"
@@ -61,7 +60,7 @@ func (a *app) pullCmd() *cobra.Command {
 					fmt.Fprintln(a.out, "Digest:", d)
 				}
 				if changed {
-					fmt.Fprintln(a.out, "Status: pulled", units.HumanSize(float64(img.Size)), "for", ref)
+					fmt.Fprintln(a.out, "Status: pulled", size(img.Size), "for", ref)
 				} else {
 					fmt.Fprintln(a.out, "Status: up to date:", ref)
 				}
@@ -84,7 +83,7 @@ func (a *app) pushCmd() *cobra.Command {
 			show := func(done, total int64) {}
 			if !quiet && isTerminal(a.err) {
 				show = func(done, total int64) {
-					fmt.Fprintf(a.err, "\r%s: pushed %s of %s\x1b[K", ref, units.HumanSize(float64(done)), units.HumanSize(float64(total)))
+					fmt.Fprintf(a.err, "\r%s: pushed %s of %s\x1b[K", ref, size(done), size(total))
 				}
 				defer fmt.Fprint(a.err, "\r\x1b[K")
 			}
@@ -404,7 +403,7 @@ func (l *lines) step(p coffer.PullProgress) {
 	case p.Status == "exists":
 		text = "already there"
 	case p.Status == "downloading":
-		text += " " + units.HumanSize(float64(p.Total))
+		text += " " + size(p.Total)
 	}
 	fmt.Fprintf(l.w, "%s: %s\n", shortID(p.Layer), visible(text))
 }

@@ -32,12 +32,11 @@ const (
 // Request is one errand.
 type Request struct {
 	Op        string `json:"op"`
-	Home      string `json:"home"` // with the settings of registries
-	Images    string `json:"images"`
+	Home      string `json:"home"` // with the images, and the settings of registries
 	UserAgent string `json:"user_agent,omitempty"`
 	Ref       string `json:"ref,omitempty"`      // of a pull or push: the name of the image
 	Platform  string `json:"platform,omitempty"` // of a pull; empty: this host's
-	Registry  string `json:"registry,omitempty"` // of a login or logout
+	Registry  string `json:"registry,omitempty"` // of a login or logout, as people name it; empty: Docker Hub
 	User      string `json:"user,omitempty"`
 	Password  string `json:"password,omitempty"`
 	PlainHTTP bool   `json:"plain_http,omitempty"`

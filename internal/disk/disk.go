@@ -15,6 +15,15 @@ import (
 
 // Lock waits for the flock(2) of the file at path, which is made when it is missing. The lock ends with the process at the latest.
 func Lock(ctx context.Context, path string) (unlock func(), err error) {
+	f, err := OpenLocked(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// OpenLocked is [Lock] for who also works with the file. Closing it gives the lock back.
+func OpenLocked(ctx context.Context, path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -22,7 +31,7 @@ func Lock(ctx context.Context, path string) (unlock func(), err error) {
 	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
 		got, err := TryLock(f)
 		if got {
-			return func() { f.Close() }, nil
+			return f, nil
 		}
 		if err == nil {
 			select {

@@ -2,7 +2,6 @@ package image
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"time"
@@ -61,32 +60,10 @@ func (s *Store) Commit(ctx context.Context, base string, layer io.Reader, o Comm
 	if err := b.add(ctx, layer, layerSpec{plain: true}); err != nil {
 		return Image{}, err
 	}
-	rid := rootfsID(b.diffs)
-	size, err := b.finish(ctx, rid)
-	if err != nil {
-		return Image{}, err
-	}
 	now := time.Now().UTC()
-	conf.Created, conf.Author = v1.Time{Time: now}, o.Author
-	conf.RootFS.DiffIDs = b.diffs
-	conf.History = append(conf.History, v1.History{Created: conf.Created, CreatedBy: "coffer commit", Author: o.Author, Comment: o.Message})
-	rawConf, err := json.Marshal(conf)
-	if err != nil {
-		return Image{}, err
-	}
-	rawMan, err := makeManifest(hashBytes(rawConf), rawConf, b.layers)
-	if err != nil {
-		return Image{}, err
-	}
-	e, err := stageMeta(h.st, entry{Names: names, Created: now, Size: size, Rootfs: rid, Layers: len(b.diffs)}, rawConf, rawMan)
-	if err != nil {
-		return Image{}, err
-	}
-	imgs, err := h.st.commit(ctx, []entry{e})
-	if err != nil {
-		return Image{}, err
-	}
-	return imgs[0], nil
+	conf.Author = o.Author
+	conf.History = append(conf.History, v1.History{Created: v1.Time{Time: now}, CreatedBy: "coffer commit", Author: o.Author, Comment: o.Message})
+	return h.st.commitBuilt(ctx, b, entry{Names: names, Created: now}, *conf)
 }
 
 // addHeld takes the next layer from an image that is held, in whose stage it is already.

@@ -31,9 +31,8 @@ type fetcher struct {
 	remote Remote
 	opts   PullOptions
 
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup
-	refused error
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
 
 	mu     sync.Mutex // for progress
 	layers map[v1.Hash]*download
@@ -53,10 +52,10 @@ func (f *fetcher) tell(p Progress) {
 }
 
 // begin implements layerSource: it begins to fetch the layers, the lowest first, and returns at once.
-func (f *fetcher) begin(ctx context.Context, d description) {
+func (f *fetcher) begin(ctx context.Context, d description) error {
 	layers := d.manifest.Layers
-	if f.refused = f.check(layers); f.refused != nil {
-		return
+	if err := f.check(layers); err != nil {
+		return err
 	}
 	ctx, f.cancel = context.WithCancel(ctx)
 	var all []*download
@@ -83,6 +82,7 @@ func (f *fetcher) begin(ctx context.Context, d description) {
 			})
 		}
 	})
+	return nil
 }
 
 // check refuses what would fill the disk before it is unpacked.
@@ -119,9 +119,6 @@ func (f *fetcher) close() {
 
 // layer implements layerSource: what is read of it waits for what has not come yet.
 func (f *fetcher) layer(ctx context.Context, d description, i int) (io.ReadCloser, func() error, error) {
-	if f.refused != nil {
-		return nil, nil, f.refused
-	}
 	l := f.layers[d.manifest.Layers[i].Digest]
 	return &downloadReader{ctx: ctx, f: f, l: l}, func() error { return l.wait(ctx) }, nil
 }
@@ -287,25 +284,9 @@ func (f *fetcher) have(l *download, place string) (bool, error) {
 // is in its place by now, or given up.
 func (f *fetcher) lockPart(ctx context.Context, digest v1.Hash) (*os.File, error) {
 	path := f.st.s.path("pull", digest.Hex+".part")
-	part, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	part, err := disk.OpenLocked(ctx, path)
 	if err != nil {
 		return nil, err
-	}
-	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
-		got, err := disk.TryLock(part)
-		if err != nil {
-			part.Close()
-			return nil, err
-		}
-		if got {
-			break
-		}
-		select {
-		case <-ctx.Done():
-			part.Close()
-			return nil, ctx.Err()
-		case <-time.After(wait):
-		}
 	}
 	mine, err := part.Stat()
 	if err == nil {

@@ -90,9 +90,10 @@ func dockerImages(c container, b []byte) ([]found, error) {
 				return d, err
 			}
 			// With it the image keeps the digest that registries know it by.
-			h, ok := manifests[hashBytes(d.rawConf)]
-			if whole, err := h.image(); ok && err == nil && len(whole.layers) == len(d.layers) {
-				return whole, nil
+			if read := manifests[hashBytes(d.rawConf)]; read != nil {
+				if whole, err := read(); err == nil && len(whole.layers) == len(d.layers) {
+					return whole, nil
+				}
 			}
 			return d, nil
 		}})
@@ -100,35 +101,22 @@ func dockerImages(c container, b []byte) ([]found, error) {
 	return imgs, nil
 }
 
-// beside is a manifest in the second description that recent `docker save` writes.
-type beside struct {
-	l      *layoutReader
-	digest v1.Hash
-}
-
-func (b beside) image() (description, error) {
-	if b.l == nil {
-		return description{}, ErrFormat
-	}
-	return b.l.image(b.digest)
-}
-
-// manifestsBeside finds the manifests that an archive of `docker save` holds, by the digests of their configurations. What is wrong
-// with them is none of the first description's business.
-func manifestsBeside(c container) map[v1.Hash]beside {
-	out := map[v1.Hash]beside{}
+// manifestsBeside finds the manifests that an archive of recent `docker save` holds in its second description, by the digests of their
+// configurations. What is wrong with them is none of the first description's business.
+func manifestsBeside(c container) map[v1.Hash]func() (description, error) {
+	out := map[v1.Hash]func() (description, error){}
 	b, err := readFile(c, fileIndex, maxManifest)
 	if err != nil {
 		return out
 	}
-	l := newLayoutReader(func(h v1.Hash, limit int64) ([]byte, error) { return readFile(c, blobName(h), limit) }, Host())
+	l := newLayoutReader(blobsOf(c), Host())
 	if l.walk(b, nil, 0) != nil {
 		return out
 	}
 	for _, cand := range l.all {
 		if raw, err := l.blob(cand.digest, maxManifest); err == nil {
 			if m, err := parseManifest(raw); err == nil {
-				out[m.Config.Digest] = beside{l, cand.digest}
+				out[m.Config.Digest] = func() (description, error) { return l.image(cand.digest) }
 			}
 		}
 	}
@@ -209,7 +197,7 @@ type candidate struct {
 // layoutImages lists the images of an OCI layout. What an index offers for several platforms under one name is one image: that
 // for this host.
 func layoutImages(c container, b []byte) ([]found, error) {
-	l := newLayoutReader(func(h v1.Hash, limit int64) ([]byte, error) { return readFile(c, blobName(h), limit) }, Host())
+	l := newLayoutReader(blobsOf(c), Host())
 	return l.images(b)
 }
 
@@ -243,7 +231,7 @@ func (l *layoutReader) images(b []byte) ([]found, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !l.want.fits(d.config.OS, d.config.Architecture, "") && len(l.all) > 1 {
+		if !l.want.Fits(Platform{OS: d.config.OS, Arch: d.config.Architecture}) && len(l.all) > 1 {
 			others = append(others, platformName(d.config.OS, d.config.Architecture))
 			continue
 		}
@@ -348,7 +336,7 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 			delete(l.path, d.Digest)
 		case d.MediaType.IsImage() || d.MediaType == "":
 			cand := candidate{digest: d.Digest, names: own}
-			if p := d.Platform; p != nil && !l.want.fits(p.OS, p.Architecture, p.Variant) {
+			if p := d.Platform; p != nil && !l.want.Fits(Platform{p.OS, p.Architecture, p.Variant}) {
 				cand.platform = platformName(p.OS, p.Architecture)
 			}
 			l.all = append(l.all, cand)
@@ -359,6 +347,11 @@ func (l *layoutReader) walk(b []byte, names []string, depth int) error {
 
 // blobName is where a layout keeps a blob.
 func blobName(h v1.Hash) string { return "blobs/sha256/" + h.Hex }
+
+// blobsOf reads the blobs of a container that is a layout.
+func blobsOf(c container) func(v1.Hash, int64) ([]byte, error) {
+	return func(h v1.Hash, limit int64) ([]byte, error) { return readFile(c, blobName(h), limit) }
+}
 
 // blob reads a small blob and checks it.
 func (l *layoutReader) blob(h v1.Hash, limit int64) ([]byte, error) {

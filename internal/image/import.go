@@ -2,7 +2,6 @@ package image
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
@@ -58,36 +57,12 @@ func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts O
 			return Image{}, fmt.Errorf("%w of a root file system: it is an archive of images, which load takes", ErrFormat)
 		}
 	}
-	rid := rootfsID(b.diffs)
-	size, err := b.finish(ctx, rid)
-	if err != nil {
-		return Image{}, err
-	}
-	conf := v1.ConfigFile{
+	return st.commitBuilt(ctx, b, entry{Names: names, Created: created, Source: source}, v1.ConfigFile{
 		Architecture: runtime.GOARCH,
 		OS:           "linux",
-		Created:      v1.Time{Time: created},
 		Config:       opts.Config,
-		RootFS:       v1.RootFS{Type: "layers", DiffIDs: b.diffs},
 		History:      []v1.History{{Created: v1.Time{Time: created}, CreatedBy: "coffer import", Comment: opts.Comment}},
-	}
-	rawConf, err := json.Marshal(conf)
-	if err != nil {
-		return Image{}, err
-	}
-	rawMan, err := makeManifest(hashBytes(rawConf), rawConf, b.layers)
-	if err != nil {
-		return Image{}, err
-	}
-	e, err := stageMeta(st, entry{Names: names, Created: created, Size: size, Rootfs: rid, Layers: 1, Source: source}, rawConf, rawMan)
-	if err != nil {
-		return Image{}, err
-	}
-	imgs, err := st.commit(ctx, []entry{e})
-	if err != nil {
-		return Image{}, err
-	}
-	return imgs[0], nil
+	})
 }
 
 // openRootfs opens a root file system as a tar stream.

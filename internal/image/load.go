@@ -114,7 +114,7 @@ func (s *Store) load(ctx context.Context, src Source, opts Options) ([]Image, er
 // layerSource is where the layers of an image come from.
 type layerSource interface {
 	// begin is called when the layers will be asked for, in their order.
-	begin(ctx context.Context, d description)
+	begin(ctx context.Context, d description) error
 	// layer opens one of them; staged is as in layerSpec.
 	layer(ctx context.Context, d description, i int) (r io.ReadCloser, staged func() error, err error)
 }
@@ -122,7 +122,7 @@ type layerSource interface {
 // containerLayers are the layers of a container.
 type containerLayers struct{ c container }
 
-func (containerLayers) begin(context.Context, description) {}
+func (containerLayers) begin(context.Context, description) error { return nil }
 
 func (l containerLayers) layer(_ context.Context, d description, i int) (io.ReadCloser, func() error, error) {
 	r, err := l.c.open(d.layers[i])
@@ -149,7 +149,9 @@ func (s *Store) loadOne(ctx context.Context, st *stage, src layerSource, im desc
 		return entry{}, err
 	}
 	defer b.close()
-	src.begin(ctx, im)
+	if err := src.begin(ctx, im); err != nil {
+		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
+	}
 	for i := range im.layers {
 		want := layerSpec{diff: diffs[i]}
 		if im.manifest != nil {
@@ -170,6 +172,32 @@ func (s *Store) loadOne(ctx context.Context, st *stage, src layerSource, im desc
 		}
 	}
 	return stageMeta(st, entry{Created: im.config.Created.UTC(), Size: size, Rootfs: rid, Layers: len(diffs)}, im.rawConf, rawMan)
+}
+
+// commitBuilt stages what describes an image that was built here, and commits it. The entry lacks what follows from the rest.
+func (st *stage) commitBuilt(ctx context.Context, b *builder, e entry, conf v1.ConfigFile) (Image, error) {
+	e.Rootfs, e.Layers = rootfsID(b.diffs), len(b.diffs)
+	var err error
+	if e.Size, err = b.finish(ctx, e.Rootfs); err != nil {
+		return Image{}, err
+	}
+	conf.Created.Time, conf.RootFS = e.Created, v1.RootFS{Type: "layers", DiffIDs: b.diffs}
+	rawConf, err := json.Marshal(conf)
+	if err != nil {
+		return Image{}, err
+	}
+	rawMan, err := makeManifest(hashBytes(rawConf), rawConf, b.layers)
+	if err != nil {
+		return Image{}, err
+	}
+	if e, err = stageMeta(st, e, rawConf, rawMan); err != nil {
+		return Image{}, err
+	}
+	imgs, err := st.commit(ctx, []entry{e})
+	if err != nil {
+		return Image{}, err
+	}
+	return imgs[0], nil
 }
 
 // stageMeta stages configuration and manifest and completes the entry with their digests.

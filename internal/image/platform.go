@@ -50,17 +50,15 @@ func (p Platform) String() string {
 	return s
 }
 
-// fits tells whether what is made for the given platform runs on this one. What does not say is taken at its word.
-func (p Platform) fits(system, arch, variant string) bool {
-	return (system == "" || system == p.OS) && (arch == "" || arch == p.Arch) && (p.Variant == "" || variant == "" || variant == p.Variant)
+// Fits tells whether what is made for another platform runs on this one. What does not say is taken at its word.
+func (p Platform) Fits(other Platform) bool {
+	agrees := func(mine, its string) bool { return its == "" || its == mine }
+	return agrees(p.OS, other.OS) && agrees(p.Arch, other.Arch) && (p.Variant == "" || agrees(p.Variant, other.Variant))
 }
-
-// Fits tells whether what is made for another platform runs on this one.
-func (p Platform) Fits(other Platform) bool { return p.fits(other.OS, other.Arch, other.Variant) }
 
 // Check refuses an image whose programs do not run on p.
 func (p Platform) Check(c *v1.ConfigFile) error {
-	if p.fits(c.OS, c.Architecture, c.Variant) {
+	if p.Fits(Platform{c.OS, c.Architecture, c.Variant}) {
 		return nil
 	}
 	return fmt.Errorf("it is for %s, not for %s", platformName(c.OS, c.Architecture), p)

@@ -159,6 +159,19 @@ func shortNames(names []string) []string {
 	return short
 }
 
+// places are the files that an image needs. They come with an error when its manifest, which names the layers, cannot be read.
+func (s *Store) places(e *entry) ([]string, error) {
+	places := []string{blobPlace(e.ID), blobPlace(e.Manifest), rootfsPlace(e.Rootfs), extraPlace(e.Rootfs)}
+	m, err := s.manifest(e)
+	if err != nil {
+		return places, err
+	}
+	for _, l := range m.Layers {
+		places = append(places, blobPlace(l.Digest.String()))
+	}
+	return places, nil
+}
+
 // collect deletes the files that no image of the index refers to and no box needs. The caller holds the lock, so no load is
 // committing; loads at work have links of their own to what they share.
 func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
@@ -169,17 +182,13 @@ func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	}
 	for i := range idx.Images {
 		e := &idx.Images[i]
-		for _, place := range []string{blobPlace(e.ID), blobPlace(e.Manifest), rootfsPlace(e.Rootfs), extraPlace(e.Rootfs)} {
+		places, err := s.places(e)
+		for _, place := range places {
 			want[place] = true
 		}
-		m, err := s.manifest(e)
 		if err != nil {
 			s.log.Warn("layers are kept, until the image is loaded again or removed", "reason", err)
 			unknown["blobs/sha256"] = true
-			continue
-		}
-		for _, l := range m.Layers {
-			want[blobPlace(l.Digest.String())] = true
 		}
 	}
 	var errs []error

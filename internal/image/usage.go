@@ -26,12 +26,7 @@ func (s *Store) Usage(ctx context.Context) (images []Usage, total, other int64, 
 	users := map[string]int{} // of a place
 	for i, img := range imgs {
 		needs[i] = map[string]bool{}
-		places := []string{blobPlace(img.ID), blobPlace(img.Manifest), rootfsPlace(img.RootfsID), extraPlace(img.RootfsID)}
-		if m, err := s.manifest(&entry{ID: img.ID, Manifest: img.Manifest}); err == nil {
-			for _, l := range m.Layers {
-				places = append(places, blobPlace(l.Digest.String()))
-			}
-		}
+		places, _ := s.places(&entry{ID: img.ID, Manifest: img.Manifest, Rootfs: img.RootfsID}) // of one that is damaged, what is known
 		for _, p := range places {
 			if !needs[i][p] {
 				needs[i][p] = true

@@ -20,10 +20,9 @@ import (
 	images "github.com/coffer-box/coffer/internal/image"
 )
 
-// Login tries credentials on a registry and keeps those that are taken: in Docker's configuration, or its credential helper, where
+// Login tries credentials on a registry, by its [Canonical] name, and keeps those that are taken: in Docker's configuration, or its credential helper, where
 // there is one, else in auth.json. It returns the file.
 func (c *Client) Login(ctx context.Context, registry, user, password string) (string, error) {
-	registry = Canonical(registry)
 	e, err := c.endpoint(apiHost(registry), "x")
 	if err != nil {
 		return "", err
@@ -85,9 +84,8 @@ func (c *Client) check(ctx context.Context, reg name.Registry, auth authn.Authen
 	return nil
 }
 
-// Logout forgets the credentials for a registry, and tells if there were any.
+// Logout forgets the credentials for a registry, by its [Canonical] name, and tells if there were any.
 func (c *Client) Logout(registry string) (bool, error) {
-	registry = Canonical(registry)
 	key, found := authKey(registry), false
 	cf, err := c.credentials()
 	if err != nil {

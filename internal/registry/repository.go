@@ -225,19 +225,18 @@ func (e *endpoint) transport(ctx context.Context, scope string) (http.RoundTripp
 // manifestTime is how long a manifest may take, which is small.
 const manifestTime = 3 * time.Minute
 
-// finalError is one that nothing is tried again for.
-type finalError struct{ error }
-
-func (e *finalError) Unwrap() error { return e.error }
-
 func (e *endpoint) manifest(ctx context.Context, ref string, limit int64) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, manifestTime)
 	defer cancel()
 	var b []byte
-	err := retry(ctx, func() error {
-		resp, err := e.do(ctx, http.MethodGet, "manifests/"+ref, http.Header{"Accept": {manifestTypes}}, http.StatusOK)
+	t, err := e.transport(ctx, transport.PullScope)
+	if err != nil {
+		return nil, err
+	}
+	err = retry(ctx, func() error {
+		resp, err := e.once(ctx, t, http.MethodGet, "manifests/"+ref, http.Header{"Accept": {manifestTypes}}, http.StatusOK)
 		if err != nil {
-			return &finalError{err} // it has tried often enough
+			return err
 		}
 		defer resp.Body.Close()
 		b, err = io.ReadAll(io.LimitReader(resp.Body, limit+1))
@@ -259,27 +258,33 @@ func (e *endpoint) do(ctx context.Context, method, path string, head http.Header
 		return nil, err
 	}
 	var resp *http.Response
-	err = retry(ctx, func() error {
-		// The scheme is set by the transport.
-		url := fmt.Sprintf("%s://%s/v2/%s/%s", e.repo.Scheme(), e.repo.RegistryStr(), e.repo.RepositoryStr(), path)
-		req, err := http.NewRequestWithContext(ctx, method, url, nil)
-		if err != nil {
-			return err
-		}
-		if head != nil {
-			req.Header = head.Clone()
-		}
-		if resp, err = (&http.Client{Transport: t}).Do(req); err != nil {
-			return err
-		}
-		if err := transport.CheckError(resp, want...); err != nil {
-			after := resp.Header.Get("Retry-After")
-			resp.Body.Close()
-			return &waitError{err, after}
-		}
-		return nil
+	err = retry(ctx, func() (err error) {
+		resp, err = e.once(ctx, t, method, path, head, want...)
+		return err
 	})
 	return resp, err
+}
+
+// once makes a request of the repository.
+func (e *endpoint) once(ctx context.Context, t http.RoundTripper, method, path string, head http.Header, want ...int) (*http.Response, error) {
+	// The scheme is set by the transport.
+	url := fmt.Sprintf("%s://%s/v2/%s/%s", e.repo.Scheme(), e.repo.RegistryStr(), e.repo.RepositoryStr(), path)
+	req, err := http.NewRequestWithContext(ctx, method, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	if head != nil {
+		req.Header = head.Clone()
+	}
+	resp, err := (&http.Client{Transport: t}).Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := transport.CheckError(resp, want...); err != nil {
+		resp.Body.Close()
+		return nil, &waitError{err, resp.Header.Get("Retry-After")}
+	}
+	return resp, nil
 }
 
 // waitError is a refusal that may say how long to wait.
@@ -325,10 +330,6 @@ func retry(ctx context.Context, fn func() error) error {
 
 // temporary tells a failure that may be over the next time.
 func temporary(err error) bool {
-	var final *finalError
-	if errors.As(err, &final) {
-		return false
-	}
 	var te *transport.Error
 	if errors.As(err, &te) {
 		switch te.StatusCode {

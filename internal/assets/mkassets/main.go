@@ -1,7 +1,6 @@
-// Mkassets makes the files that coffer embeds: it compiles the agent, the sentry, the program that reaches
-// registries and the programs of the image `base`, writes the
-// image's archive, and compresses each. Work whose result is there already is not done again, and the same sources always give
-// the same files.
+// Mkassets makes the files that coffer embeds: it compiles the agent, the sentry, the program that reaches registries and the programs of
+// the image `base`, writes the image's archive, and compresses each. Work whose result is there already is not done again, and the
+// same sources always give the same files.
 //
 // It is run from the top of the source tree:
 //

@@ -9,6 +9,7 @@ import (
 	"io"
 
 	"github.com/coffer-box/coffer/internal/courier"
+	"github.com/coffer-box/coffer/internal/home"
 	"github.com/coffer-box/coffer/internal/image"
 	"github.com/coffer-box/coffer/internal/registry"
 )
@@ -46,15 +47,16 @@ func (e *errand) run(ctx context.Context) (res courier.Result, err error) {
 	case courier.Push:
 		return e.push(ctx)
 	}
-	c, err := e.registries(e.req.Registry)
+	host := registry.Canonical(e.req.Registry)
+	c, err := e.registries(host)
 	if err != nil {
 		return res, err
 	}
 	switch e.req.Op {
 	case courier.Login:
-		res.File, err = c.Login(ctx, e.req.Registry, e.req.User, e.req.Password)
+		res.File, err = c.Login(ctx, host, e.req.User, e.req.Password)
 	case courier.Logout:
-		res.Found, err = c.Logout(e.req.Registry)
+		res.Found, err = c.Logout(host)
 	default:
 		err = fmt.Errorf("unknown errand %q", e.req.Op)
 	}
@@ -75,7 +77,7 @@ func (e *errand) open() (*image.Store, image.Name, *registry.Repository, error) 
 	if err != nil {
 		return nil, name, nil, err
 	}
-	s, err := image.Open(e.req.Images, nil)
+	s, err := image.Open(home.Layout{Root: e.req.Home}.Images(), nil)
 	if err != nil {
 		return nil, name, nil, err
 	}
