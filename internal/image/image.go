@@ -127,10 +127,11 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{dir: dir, log: log}
-	if _, err := os.Stat(s.path("tmp")); err == nil {
-		return s, nil // tmp is made last
+	// The last that is made, and that stores of before do not have.
+	if _, err := os.Stat(s.path("pull")); err == nil {
+		return s, nil
 	}
-	for _, d := range []string{"blobs/sha256", "rootfs", "pull", "tmp"} {
+	for _, d := range []string{"blobs/sha256", "rootfs", "tmp", "pull"} {
 		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
 			return nil, fmt.Errorf("open image store: %w", err)
 		}

@@ -179,6 +179,21 @@ func TestPull(t *testing.T) {
 	}
 }
 
+// A store that was made before there were pulls takes them.
+func TestPullIntoAnOldStore(t *testing.T) {
+	old, r := newStore(t), newRemote(t, map[string]testImage{"1": sampleImage(t, "one")})
+	if err := os.Remove(old.path("pull")); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Open(old.dir, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Pull(t.Context(), mustName(t, "h.example/app:1"), r, PullOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
 // A second name for what is there costs no download.
 func TestPullAnotherTag(t *testing.T) {
 	s, r := newStore(t), newRemote(t, map[string]testImage{"1": sampleImage(t, "one")})
