@@ -82,24 +82,30 @@ func (b *Box) Stat(ctx context.Context, path string, follow bool) (FileInfo, err
 // withFiles runs fn with a connection to the agent of the box, or of a generation that is opened only for that. It runs fn again if the
 // box ended meanwhile, as one does that crashes and is restarted, unless fn had begun with what cannot be done twice.
 func (b *Box) withFiles(ctx context.Context, begun *bool, fn func(*wire.Client) error) error {
-	const tries = 5 // what ends a box every time is not a matter of chance
+	const tries = 10 // each meets another run of the box; what ends every one of them is not a matter of chance
+	ended := func(err error) bool { return !*begun && errors.Is(err, wire.ErrClosed) }
 	var err error
 	for range tries {
-		err = b.withAgent(ctx, fn)
-		if errors.Is(err, ErrNotRunning) {
-			err = b.exclusive(ctx, func(rec *state.Box) error {
-				rec, err := b.carryOn(ctx, rec)
-				if err != nil {
-					return err
-				}
-				if rec.Phase.Live() {
-					return b.withAgent(ctx, fn) // started meanwhile
-				}
-				return b.visit(ctx, rec, fn)
-			})
+		if err = b.withAgent(ctx, fn); !ended(err) && !errors.Is(err, ErrNotRunning) {
+			return err
 		}
-		if *begun || !errors.Is(err, wire.ErrClosed) {
-			break
+		live := false
+		xerr := b.exclusive(ctx, func(rec *state.Box) error {
+			// A run that is at its end is waited for, so that it is not met again.
+			rec, err := b.carryOn(ctx, rec)
+			if err != nil {
+				return err
+			}
+			if live = rec.Phase.Live(); live {
+				return nil
+			}
+			return b.visit(ctx, rec, fn)
+		})
+		if xerr == nil && live {
+			continue
+		}
+		if err = xerr; !ended(err) {
+			return err
 		}
 	}
 	return err
