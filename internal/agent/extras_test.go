@@ -61,7 +61,7 @@ func TestExtras(t *testing.T) {
 	}
 	send := func(xs ...wire.SetupXattr) []string {
 		t.Helper()
-		info, err := c.Extras(t.Context(), wire.Extras{Lower: sc.lower, State: sc.state, Xattrs: xs})
+		info, err := c.Extras(t.Context(), wire.Extras{Lower: []string{sc.lower}, State: sc.state, Xattrs: xs})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -81,7 +81,7 @@ func TestExtras(t *testing.T) {
 	if len(w) != maxFailures+1 || w[0] != `set user.a of "/none/0" and of 2999 more files: no such file or directory` || w[maxFailures] != "and 2981 more failures" {
 		t.Errorf("%d warnings: %.300q", len(w), w)
 	}
-	if _, err := c.Configure(t.Context(), wire.Setup{Hostname: "x", Lower: sc.lower, State: sc.state, ReadOnly: true}); err != nil {
+	if _, err := c.Configure(t.Context(), wire.Setup{Hostname: "x", Lower: []string{sc.lower}, State: sc.state, ReadOnly: true}); err != nil {
 		t.Fatal(err)
 	}
 	if got := run(t, c, sh("cat /data/f; touch /x 2>/dev/null || echo sealed"), ""); got.out != "xsealed\n" {

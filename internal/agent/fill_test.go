@@ -32,7 +32,7 @@ func TestFill(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := c.Configure(t.Context(), wire.Setup{
-			Hostname: "x", Lower: sc.lower, State: sc.state, ReadOnly: true,
+			Hostname: "x", Lower: []string{sc.lower}, State: sc.state, ReadOnly: true,
 			Volumes: []wire.SetupVolume{{Staging: sc.vol + "/0", Target: "/linked", Fill: true}, {Staging: sc.vol + "/1", Target: "/new/place", Fill: true},
 				{Staging: sc.vol + "/2", Target: "/bin/x"}},
 		}); err != nil {

@@ -59,7 +59,7 @@ func (b *boxRoot) Enter(s wire.Setup) ([]string, error) {
 }
 
 // overlay mounts the box's root, if it is not there yet.
-func (b *boxRoot) overlay(lower, state string) error {
+func (b *boxRoot) overlay(lower []string, state string) error {
 	if b.mounted {
 		return nil
 	}
@@ -71,10 +71,12 @@ func (b *boxRoot) overlay(lower, state string) error {
 	return err
 }
 
-func (b *boxRoot) mountOverlay(lower, state string, flags uintptr) error {
-	if lower == "" {
-		lower = "/lower"
+func (b *boxRoot) mountOverlay(lower []string, state string, flags uintptr) error {
+	if len(lower) == 0 {
+		lower = []string{"/lower"}
 	}
+	top := slices.Clone(lower)
+	slices.Reverse(top) // the kernel wants the uppermost first
 	state = stateDir(state)
 	upper, work := filepath.Join(state, "upper"), filepath.Join(state, "work")
 	for _, d := range []string{upper, work} {
@@ -82,7 +84,7 @@ func (b *boxRoot) mountOverlay(lower, state string, flags uintptr) error {
 			return fmt.Errorf("make the box's writable layer: %w", err)
 		}
 	}
-	opts := "lowerdir=" + lower + ",upperdir=" + upper + ",workdir=" + work
+	opts := "lowerdir=" + strings.Join(top, ":") + ",upperdir=" + upper + ",workdir=" + work
 	if err := unix.Mount("overlay", b.newroot, "overlay", flags, opts); err != nil {
 		return fmt.Errorf("mount the box's root (%s): %w", opts, err)
 	}

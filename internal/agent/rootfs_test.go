@@ -103,7 +103,7 @@ func TestRootfs(t *testing.T) {
 		t.Fatal("a process started before the box was configured")
 	}
 	info, err := c.Configure(t.Context(), wire.Setup{
-		Hostname: "testbox", Lower: sc.lower, State: sc.state,
+		Hostname: "testbox", Lower: []string{sc.lower}, State: sc.state,
 		Tmpfs: []spec.Tmpfs{{Target: "/scratch", Size: 1 << 20, Mode: 0o700}},
 		Volumes: []wire.SetupVolume{
 			{Staging: sc.vol + "/2", Target: "/data/vol/sub", ReadOnly: true},
@@ -168,7 +168,7 @@ func TestRootfsReadOnly(t *testing.T) {
 	c := boxed(t, &sc)
 	os.MkdirAll(sc.vol+"/0", 0o755)
 	_, err := c.Configure(t.Context(), wire.Setup{
-		Hostname: "ro", Lower: sc.lower, State: sc.state, ReadOnly: true,
+		Hostname: "ro", Lower: []string{sc.lower}, State: sc.state, ReadOnly: true,
 		Tmpfs:   []spec.Tmpfs{{Target: "/made/tmp"}},
 		Volumes: []wire.SetupVolume{{Staging: sc.vol + "/0", Target: "/made/vol"}},
 	})

@@ -26,11 +26,11 @@ type Capabilities struct {
 type Spec struct {
 	ID       string // names the generation, for logs
 	Box      spec.Box
-	Sentry   string // program of the gvisor engine
-	Scaffold string // image that holds the agent
-	Image    string // the box's read-only root, an EROFS file
-	StateDir string // the box's writable layer
-	HostID   uint32 // first unprivileged id of the jail, for root
+	Sentry   string   // program of the gvisor engine
+	Scaffold string   // image that holds the agent
+	Images   []string // the box's read-only root: EROFS files to be laid one over the other, the lowest first
+	StateDir string   // the box's writable layer
+	HostID   uint32   // first unprivileged id of the jail, for root
 	Debug    bool
 }
 

@@ -8,8 +8,9 @@
 // File contents are streamed to their place before the tree is known in full: a [Writer] takes data first, in any number of
 // extents, and the tree of [Node] values last. Contents that nobody refers to in the end are given back as holes.
 //
-// The package reads no images, knows nothing of tar or layers, and compresses nothing. It stores no extended attributes: gVisor's
-// reader refuses every inode that has any.
+// [Read] reads the names and attributes of such an image back, so that another can be made to lie over it. The package reads no other
+// images, knows nothing of tar or layers, and compresses nothing. It stores no extended attributes: gVisor's reader refuses every
+// inode that has any.
 package erofs
 
 import (
@@ -56,6 +57,7 @@ type Node struct {
 	Data     Extent           // of a regular file
 	Children map[string]*Node // of a directory
 	Tag      uint32           // the caller's own; not stored
+	Below    uint32           // the caller's own: which of the images below this one holds it, counted from 1; not stored
 
 	nid    uint64
 	ino    uint32 // 0: not placed yet

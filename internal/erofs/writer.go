@@ -159,6 +159,10 @@ func (w *Writer) Finish(ctx context.Context, root *Node, uuid [16]byte) error {
 	if _, err := w.f.WriteAt(w.superblock(l, uuid), 0); err != nil {
 		return fmt.Errorf("write superblock: %w", err)
 	}
+	// Another image may hold some of these nodes, too.
+	for _, n := range l.nodes {
+		n.nid, n.ino, n.nlink, n.block, n.blocks, n.dir = 0, 0, 0, 0, 0, nil
+	}
 	return nil
 }
 

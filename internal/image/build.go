@@ -24,12 +24,12 @@ import (
 )
 
 // rootfsFormat is part of every root file system's id; raise it when the same layers begin to give another image file.
-const rootfsFormat = "coffer rootfs 3"
+const rootfsFormat = "coffer rootfs 4"
 
 // maxWindow bounds what a zstd stream may make the decoder allocate.
 const maxWindow = 128 << 20
 
-// rootfsID names the root file system that a list of layers makes.
+// rootfsID names the root file system that a list of layers makes, and so its topmost segment.
 func rootfsID(diffIDs []v1.Hash) string {
 	h := sha256.New()
 	fmt.Fprintln(h, rootfsFormat)
@@ -45,32 +45,92 @@ type builder struct {
 	limits Limits
 	raw    int64 // unpacked bytes so far
 
-	f *os.File // image being written; nil when the root file system is there already
-	t *tree
+	// Of a root file system that is not there yet.
+	t     *tree
+	known int        // layers that are in its finished segments from the beginning; they are only verified and kept
+	f     *os.File   // segment being written; nil between two
+	below []*os.File // the finished ones, the lowest first
+	head  rootfsHead // of the next segment, if it were empty
 
 	layers []v1.Descriptor
 	diffs  []v1.Hash
 }
 
-// newBuilder starts an image. With knownRootfs the layers are only verified and kept.
-func newBuilder(st *stage, opts Options, knownRootfs bool) (*builder, error) {
+// newBuilder starts an image that begins with layers of these digests, as far as they are known, or with whole, has no others. Layers of
+// which the store has a root file system are only verified and kept.
+func newBuilder(st *stage, opts Options, diffs []v1.Hash, whole bool) *builder {
 	b := &builder{st: st, limits: opts.Limits.withDefaults()}
-	if knownRootfs {
-		return b, nil
+	if whole && st.shareRootfs(rootfsID(diffs)) {
+		return b
 	}
-	f, err := st.temp()
-	if err != nil {
-		return nil, err
+	for n := len(diffs); n > 0; n-- {
+		if b.resume(diffs[:n]) {
+			return b
+		}
 	}
-	b.f = f
-	b.t = newTree(erofs.NewWriter(f), b.limits)
-	return b, nil
+	b.t = newTree(b.limits)
+	return b
 }
 
-// close releases what an unfinished build holds; its file goes with the stage.
+// resume begins with a root file system of which others may be made, if the store has it.
+func (b *builder) resume(diffs []v1.Hash) bool {
+	id := rootfsID(diffs)
+	if head, err := b.st.s.readHead(id); err != nil || !head.Closed || !b.st.shareRootfs(id) {
+		return false
+	}
+	if err := b.load(id, len(diffs)); err != nil {
+		b.st.s.log.Warn("what is there of a root file system is made anew", "id", id, "reason", err)
+		b.close()
+		b.below, b.head = nil, rootfsHead{}
+		return false
+	}
+	b.known = len(diffs)
+	return true
+}
+
+// load reads the tree of a root file system whose files are in the stage.
+func (b *builder) load(id string, layers int) error {
+	b.t = newTree(b.limits)
+	extra := b.st.place(extraPlace(id))
+	head, err := readHead(extra)
+	if err != nil {
+		return err
+	}
+	for _, segment := range head.stack(id) {
+		f, err := os.Open(b.st.place(rootfsPlace(segment)))
+		if err != nil {
+			return err
+		}
+		b.below = append(b.below, f)
+		fi, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		root, err := erofs.Read(f, fi.Size())
+		if err != nil {
+			return fmt.Errorf("segment %.12s: %w", segment, err)
+		}
+		if err := b.t.resume(root, f, layers); err != nil {
+			return fmt.Errorf("segment %.12s: %w", segment, err)
+		}
+	}
+	b.head = rootfsHead{Below: head.stack(id), Size: head.Size}
+	var ferr error
+	err = readExtras(extra, func(x Extra) bool {
+		ferr = b.t.resumeExtra(x)
+		return ferr == nil
+	})
+	return cmp.Or(ferr, err)
+}
+
+// close releases what an unfinished build holds; its files go with the stage.
 func (b *builder) close() {
 	if b.f != nil {
 		b.f.Close()
+		b.f = nil
+	}
+	for _, f := range b.below {
+		f.Close()
 	}
 }
 
@@ -119,6 +179,64 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	}
 	b.layers = append(b.layers, desc)
 	b.diffs = append(b.diffs, got)
+	if b.f != nil && b.t.w.Used() >= segmentSize && len(b.below) < maxSegments-1 {
+		return b.endSegment(ctx, true)
+	}
+	return nil
+}
+
+// skip takes the next layer without a look, if it is known: one whose blob is in the stage and was verified when it got into the store.
+func (b *builder) skip(want layerSpec) bool {
+	if len(b.diffs) >= b.known {
+		return false
+	}
+	b.layers = append(b.layers, want.desc)
+	b.diffs = append(b.diffs, want.diff)
+	return true
+}
+
+// beginSegment makes the file of the next segment.
+func (b *builder) beginSegment() (err error) {
+	if b.f, err = b.st.temp(); err == nil {
+		b.t.begin(erofs.NewWriter(b.f))
+	}
+	return err
+}
+
+// endSegment writes the segment that ends with the last layer. Others may be made over a closed one.
+func (b *builder) endSegment(ctx context.Context, closed bool) error {
+	id := rootfsID(b.diffs)
+	root, err := b.t.end(ctx)
+	if err != nil {
+		return err
+	}
+	var uuid [16]byte
+	if raw, err := hex.DecodeString(id); err == nil {
+		copy(uuid[:], raw)
+	}
+	if err := b.t.w.Finish(ctx, root, uuid); err != nil {
+		return fmt.Errorf("write root file system: %w", err)
+	}
+	b.head.Size += b.t.w.Used()
+	b.head.Closed = closed
+	if err := b.keepExtras(id); err != nil {
+		return err
+	}
+	f := b.f
+	b.f = nil
+	if err := f.Chmod(0o400); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	if err := b.st.keep(f, rootfsPlace(id)); err != nil {
+		return err
+	}
+	done, err := os.Open(b.st.place(rootfsPlace(id)))
+	if err != nil {
+		return err
+	}
+	b.below = append(b.below, done)
+	b.t.below = append(b.t.below, done)
+	b.head.Below = append(b.head.Below, id)
 	return nil
 }
 
@@ -152,7 +270,12 @@ func (b *builder) unpack(ctx context.Context, src io.Reader, keep *blobKeeper, d
 	defer ahead.close()
 	counted := &countingReader{r: io.TeeReader(ahead, diff), left: b.limits.Bytes - b.raw}
 	layer := bufio.NewReaderSize(counted, 64<<10)
-	if b.t != nil {
+	if b.t != nil && len(b.diffs) >= b.known {
+		if b.f == nil {
+			if err := b.beginSegment(); err != nil {
+				return err
+			}
+		}
 		if err := b.t.apply(ctx, layer); err != nil {
 			return err
 		}
@@ -215,78 +338,42 @@ func (k *blobKeeper) done(st *stage) (v1.Descriptor, error) {
 	return desc, st.keep(k.f, blobPlace(desc.Digest.String()))
 }
 
-// finish writes the root file system. It returns its size.
-func (b *builder) finish(ctx context.Context, id string) (int64, error) {
-	if b.t == nil {
-		return b.knownSize(id)
+// finish writes what is not written yet of the root file system. It returns its size.
+func (b *builder) finish(ctx context.Context) (int64, error) {
+	if b.f == nil && b.t != nil && len(b.below) == 0 {
+		// No layer at all makes an empty root.
+		if err := b.beginSegment(); err != nil {
+			return 0, err
+		}
 	}
-	root, extras, err := b.t.finish()
-	if err != nil {
-		return 0, err
+	if b.f != nil {
+		if err := b.endSegment(ctx, false); err != nil {
+			return 0, err
+		}
 	}
-	var uuid [16]byte
-	if raw, err := hex.DecodeString(id); err == nil {
-		copy(uuid[:], raw)
-	}
-	if err := b.t.w.Finish(ctx, root, uuid); err != nil {
-		return 0, fmt.Errorf("write root file system: %w", err)
-	}
-	// Also where there are none: a root without the file has lost it.
-	if err := b.keepExtras(extras, id); err != nil {
-		return 0, err
-	}
-	f := b.f
-	b.f = nil
-	if err := f.Chmod(0o400); err != nil {
-		return 0, errors.Join(err, f.Close())
-	}
-	return b.t.w.Used(), b.st.keep(f, rootfsPlace(id))
+	head, err := readHead(b.st.place(extraPlace(rootfsID(b.diffs))))
+	return head.Size, err
 }
 
-// keepExtras writes a JSON list, one element after the other.
-func (b *builder) keepExtras(extras []Extra, id string) error {
+// keepExtras writes down what a segment does not hold itself of the root file system that it completes.
+func (b *builder) keepExtras(id string) error {
 	f, err := b.st.temp()
 	if err != nil {
 		return err
 	}
 	w := bufio.NewWriter(f)
-	sep := "["
-	for _, x := range extras {
-		var j []byte
-		if j, err = json.Marshal(x); err != nil {
-			break
-		}
-		w.WriteString(sep)
-		w.Write(j)
-		sep = ",\n"
+	enc := json.NewEncoder(w)
+	if err = enc.Encode(b.head); err == nil {
+		err = b.t.eachExtra(func(x Extra) error { return enc.Encode(x) })
 	}
-	if len(extras) == 0 {
-		w.WriteString(sep)
+	if err == nil {
+		err = enc.Encode(extrasEnd{End: true})
 	}
-	w.WriteString("]\n")
 	if err = errors.Join(err, w.Flush()); err != nil {
 		f.Close()
 		return err
 	}
 	return b.st.keep(f, extraPlace(id))
-}
-
-// knownSize is the size of a root file system that was there before: that which an image with the same one has.
-func (b *builder) knownSize(id string) (int64, error) {
-	idx, err := b.st.s.readIndex()
-	if err != nil {
-		return 0, err
-	}
-	for i := range idx.Images {
-		if idx.Images[i].Rootfs == id {
-			return idx.Images[i].Size, nil
-		}
-	}
-	fi, err := os.Stat(b.st.made[rootfsPlace(id)])
-	if err != nil {
-		return 0, err
-	}
-	return fi.Size(), nil
 }
 
 // compressionOf looks at the first bytes of a stream. Empty: none that is known.

@@ -47,10 +47,7 @@ func (s *Store) Commit(ctx context.Context, base string, layer io.Reader, o Comm
 	if len(conf.RootFS.DiffIDs) != len(h.man.Layers) {
 		return Image{}, fmt.Errorf("image %s has %d layers, its configuration names %d: %w", ShortID(h.entry.ID), len(h.man.Layers), len(conf.RootFS.DiffIDs), ErrFormat)
 	}
-	b, err := newBuilder(h.st, Options{}, false)
-	if err != nil {
-		return Image{}, err
-	}
+	b := newBuilder(h.st, Options{}, conf.RootFS.DiffIDs, false)
 	defer b.close()
 	for i, d := range h.man.Layers {
 		if err := b.addHeld(ctx, h, layerSpec{desc: d, diff: conf.RootFS.DiffIDs[i]}); err != nil {
@@ -68,6 +65,9 @@ func (s *Store) Commit(ctx context.Context, base string, layer io.Reader, o Comm
 
 // addHeld takes the next layer from an image that is held, in whose stage it is already.
 func (b *builder) addHeld(ctx context.Context, h *Held, want layerSpec) error {
+	if b.skip(want) {
+		return nil
+	}
 	f, err := h.blob(want.desc.Digest.String())
 	if err != nil {
 		return err

@@ -101,23 +101,59 @@ func layerTar(t testing.TB, ents ...ent) []byte {
 // buildImage merges layers into an image file.
 func buildImage(t testing.TB, limits Limits, layers ...[]byte) (string, []Extra, error) {
 	t.Helper()
-	f, err := os.Create(filepath.Join(t.TempDir(), "image.erofs"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	w := writer.NewWriter(f)
-	tr := newTree(w, limits.withDefaults())
-	for _, l := range layers {
-		if err := tr.apply(t.Context(), bytes.NewReader(l)); err != nil {
-			return "", nil, err
-		}
-	}
-	root, xs, err := tr.finish()
+	paths, xs, err := buildSegments(t, limits, len(layers), layers...)
 	if err != nil {
 		return "", nil, err
 	}
-	return f.Name(), xs, w.Finish(t.Context(), root, [16]byte{1})
+	return paths[0], xs, nil
+}
+
+// begun is a tree that has nowhere to put contents.
+func begun(t testing.TB) *tree {
+	t.Helper()
+	tr := newTree(Limits{}.withDefaults())
+	tr.begin(nil)
+	return tr
+}
+
+// buildSegments merges layers into image files, each of so many of them.
+func buildSegments(t testing.TB, limits Limits, each int, layers ...[]byte) (paths []string, xs []Extra, err error) {
+	t.Helper()
+	return appendSegments(t, newTree(limits.withDefaults()), t.TempDir(), each, layers)
+}
+
+// appendSegments is buildSegments over what a tree holds already.
+func appendSegments(t testing.TB, tr *tree, dir string, each int, layers [][]byte) (paths []string, xs []Extra, err error) {
+	t.Helper()
+	for i := 0; i == 0 || i < len(layers); i += each {
+		f, err := os.Create(filepath.Join(dir, fmt.Sprintf("image%d.erofs", i)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		w := writer.NewWriter(f)
+		tr.begin(w)
+		for _, l := range layers[i:min(i+each, len(layers))] {
+			if err := tr.apply(t.Context(), bytes.NewReader(l)); err != nil {
+				return nil, nil, err
+			}
+		}
+		root, err := tr.end(t.Context())
+		if err != nil {
+			return nil, nil, err
+		}
+		if err := w.Finish(t.Context(), root, [16]byte{1}); err != nil {
+			return nil, nil, err
+		}
+		tr.below = append(tr.below, f)
+		paths = append(paths, f.Name())
+	}
+	err = tr.eachExtra(func(x Extra) error {
+		x.Path = bytes.Clone(x.Path)
+		xs = append(xs, x)
+		return nil
+	})
+	return paths, xs, err
 }
 
 const (
@@ -467,6 +503,12 @@ func readKernel(t *testing.T, path string) map[string]seen {
 			t.Errorf("umount: %v: %s", err, out)
 		}
 	}()
+	return walkHost(t, at)
+}
+
+// walkHost lists what is below a directory.
+func walkHost(t *testing.T, at string) map[string]seen {
+	t.Helper()
 	got := map[string]seen{}
 	if err := filepath.WalkDir(at, func(p string, _ fs.DirEntry, err error) error {
 		if err != nil {

@@ -73,7 +73,7 @@ func TestManyWhiteouts(t *testing.T) {
 		"opaque parent":              {{Name: ".wh..wh..opq", Typeflag: tar.TypeReg}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			tr := newTree(nil, Limits{}.withDefaults())
+			tr := begun(t)
 			for _, name := range []string{"d/below", "d/own"} {
 				if err := tr.apply(t.Context(), bytes.NewReader(layerTar(t, ent{name: name, typ: tar.TypeFifo}))); err != nil {
 					t.Fatal(err)
@@ -130,7 +130,7 @@ func TestHeadersAreNotKept(t *testing.T) {
 	}
 	for name, fn := range map[string]func() any{
 		"layer": func() any {
-			tr := newTree(nil, Limits{}.withDefaults())
+			tr := begun(t)
 			if err := tr.apply(t.Context(), bytes.NewReader(layer.Bytes())); err != nil {
 				t.Fatal(err)
 			}

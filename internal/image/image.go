@@ -1,5 +1,5 @@
 // Package image keeps images: it reads them from archives, layouts, root file systems and directories, and turns each into what a
-// box starts from, one read-only EROFS file and a configuration.
+// box starts from, read-only EROFS files and a configuration.
 //
 // Nothing of an image is ever unpacked on the host. Layers are merged in memory by name while their contents stream into the
 // image file, so a hostile path, link or device has nothing to act on. The package reaches registries only through what it is given
@@ -13,8 +13,10 @@
 //	index.spare           room for the next index, for when the disk is full
 //	lock                  flock(2)ed by whoever changes the index or sweeps
 //	blobs/sha256/<hex>    manifests, configurations and compressed layers, by their own digest
-//	rootfs/<id>.erofs     root file systems; the id is made of the layers, so images with the same layers share one
-//	rootfs/<id>.extra     attributes and devices of that root, as a JSON list; gVisor reads none of them from EROFS
+//	rootfs/<id>.erofs     segments of root file systems; the id is made of all layers up to there, so images that begin with the
+//	                      same layers share them
+//	rootfs/<id>.extra     JSON lines: over which segments that one lies, and attributes and devices of the root that they make
+//	                      together; gVisor reads none of those from EROFS
 //	tmp/<random>/         one load at work; its lock file is held by the one who writes there
 //	pull/<hex>.part       a blob on its way from a registry, flock(2)ed by the one who fetches it; a next pull goes on with it
 //	pull/<hex>.lock       flock(2)ed by the pull of what has this digest, so that others need not do the same
@@ -29,6 +31,8 @@ import (
 	"bufio"
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -150,13 +154,49 @@ func (s *Store) blobPath(digest string) string {
 func (s *Store) rootfsPath(id string) string { return s.path("rootfs", id+".erofs") }
 func (s *Store) extraPath(id string) string  { return s.path("rootfs", id+".extra") }
 
-// RootfsPath returns the image's root file system: an EROFS file that gVisor and Linux can read.
-func (s *Store) RootfsPath(img Image) string { return s.rootfsPath(img.RootfsID) }
+// rootfsHead is what the file beside a segment begins with.
+type rootfsHead struct {
+	Below  []string `json:"below,omitempty"`  // segments that it lies over, the lowest first
+	Closed bool     `json:"closed,omitempty"` // further segments may lie over it
+	Size   int64    `json:"size"`             // bytes of all of them together, without what is hidden
+}
+
+// stack lists the segments of a root file system, the lowest first.
+func (h rootfsHead) stack(id string) []string { return append(slices.Clone(h.Below), id) }
+
+// places are the files that a root file system needs.
+func (h rootfsHead) places(id string) []string {
+	var places []string
+	for _, segment := range h.stack(id) {
+		places = append(places, rootfsPlace(segment), extraPlace(segment))
+	}
+	return places
+}
+
+// extrasEnd is the last line of the file beside a segment: one that was cut has none.
+type extrasEnd struct {
+	Extra
+	End bool `json:"end"`
+}
+
+// RootfsPaths returns the image's root file system: EROFS files that gVisor and Linux can read, to be laid one over the other, the
+// lowest first.
+func (s *Store) RootfsPaths(img Image) ([]string, error) {
+	head, err := s.readHead(img.RootfsID)
+	if err != nil {
+		return nil, fmt.Errorf("find root file system %.12s: %w; load its image again", img.RootfsID, err)
+	}
+	var paths []string
+	for _, segment := range head.stack(img.RootfsID) {
+		paths = append(paths, s.rootfsPath(segment))
+	}
+	return paths, nil
+}
 
 // Extras yields what gVisor does not read of the image's files, in the order of a walk. An error is the last.
 func (s *Store) Extras(img Image) iter.Seq2[Extra, error] {
 	return func(yield func(Extra, error) bool) {
-		err := s.readExtras(img.RootfsID, func(x Extra) bool { return yield(x, nil) })
+		err := readExtras(s.extraPath(img.RootfsID), func(x Extra) bool { return yield(x, nil) })
 		if errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w; load its image again", err)
 		}
@@ -166,28 +206,47 @@ func (s *Store) Extras(img Image) iter.Seq2[Extra, error] {
 	}
 }
 
-// readExtras reads one element after the other, since an image may have more of them than memory should hold.
-func (s *Store) readExtras(rootfs string, yield func(Extra) bool) error {
-	f, err := os.Open(s.extraPath(rootfs))
+func (s *Store) readHead(rootfs string) (rootfsHead, error) { return readHead(s.extraPath(rootfs)) }
+
+// readHead reads the beginning of the file beside a segment.
+func readHead(path string) (rootfsHead, error) {
+	var h rootfsHead
+	f, err := os.Open(path)
+	if err != nil {
+		return h, err
+	}
+	defer f.Close()
+	if err := json.NewDecoder(f).Decode(&h); err != nil {
+		return h, fmt.Errorf("read %s: %w", path, err)
+	}
+	for _, id := range h.Below {
+		if raw, err := hex.DecodeString(id); err != nil || len(raw) != sha256.Size {
+			return h, fmt.Errorf("read %s: %q names no segment", path, id)
+		}
+	}
+	return h, nil
+}
+
+// readExtras reads one line after the other, since an image may have more of them than memory should hold.
+func readExtras(path string, yield func(Extra) bool) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	d := json.NewDecoder(bufio.NewReader(f))
-	if _, err := d.Token(); err != nil {
+	if err := d.Decode(&rootfsHead{}); err != nil {
 		return err
 	}
-	for d.More() {
-		var x Extra
+	for {
+		var x extrasEnd
 		if err := d.Decode(&x); err != nil {
-			return err
+			return fmt.Errorf("it is not whole: %w", err)
 		}
-		if !yield(x) {
+		if x.End || !yield(x.Extra) {
 			return nil
 		}
 	}
-	_, err = d.Token() // a file that was cut has none
-	return err
 }
 
 // Resolve finds an image by name, by id, or by a prefix of its id.
@@ -263,12 +322,24 @@ func (s *Store) image(e *entry) (Image, error) {
 	if img.Config, err = decodeConfig(b); err != nil {
 		return img, fmt.Errorf("read its configuration: %w", err)
 	}
-	for _, path := range []string{s.rootfsPath(e.Rootfs), s.extraPath(e.Rootfs)} {
-		if _, err := os.Lstat(path); err != nil {
-			return img, fmt.Errorf("find its root file system: %w", err)
-		}
+	if err := s.checkRootfs(e.Rootfs); err != nil {
+		return img, fmt.Errorf("find its root file system: %w", err)
 	}
 	return img, nil
+}
+
+// checkRootfs sees that no file of a root file system is missing.
+func (s *Store) checkRootfs(id string) error {
+	head, err := s.readHead(id)
+	if err != nil {
+		return err
+	}
+	for _, place := range head.places(id) {
+		if _, err := os.Lstat(s.path(place)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -41,10 +41,7 @@ func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts O
 	}
 	defer closeIn()
 	// What the layer's digest is shows only when it is read, so the id of the file system is not known before either.
-	b, err := newBuilder(st, opts, false)
-	if err != nil {
-		return Image{}, err
-	}
+	b := newBuilder(st, opts, nil, false)
 	defer b.close()
 	if err := b.add(ctx, in, layerSpec{}); err != nil {
 		return Image{}, err

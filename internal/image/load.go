@@ -143,11 +143,7 @@ func (s *Store) loadOne(ctx context.Context, st *stage, src layerSource, im desc
 	if err := p.Check(im.config); err != nil {
 		return entry{}, fmt.Errorf("image %s: %w; load one for this platform", ShortID(id.String()), err)
 	}
-	rid := rootfsID(diffs)
-	b, err := newBuilder(st, opts, st.shareRootfs(rid))
-	if err != nil {
-		return entry{}, err
-	}
+	b := newBuilder(st, opts, diffs, true)
 	defer b.close()
 	if err := src.begin(ctx, im); err != nil {
 		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
@@ -161,7 +157,7 @@ func (s *Store) loadOne(ctx context.Context, st *stage, src layerSource, im desc
 			return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
 		}
 	}
-	size, err := b.finish(ctx, rid)
+	size, err := b.finish(ctx)
 	if err != nil {
 		return entry{}, fmt.Errorf("image %s: %w", ShortID(id.String()), err)
 	}
@@ -171,14 +167,14 @@ func (s *Store) loadOne(ctx context.Context, st *stage, src layerSource, im desc
 			return entry{}, err
 		}
 	}
-	return stageMeta(st, entry{Created: im.config.Created.UTC(), Size: size, Rootfs: rid, Layers: len(diffs)}, im.rawConf, rawMan)
+	return stageMeta(st, entry{Created: im.config.Created.UTC(), Size: size, Rootfs: rootfsID(diffs), Layers: len(diffs)}, im.rawConf, rawMan)
 }
 
 // commitBuilt stages what describes an image that was built here, and commits it. The entry lacks what follows from the rest.
 func (st *stage) commitBuilt(ctx context.Context, b *builder, e entry, conf v1.ConfigFile) (Image, error) {
 	e.Rootfs, e.Layers = rootfsID(b.diffs), len(b.diffs)
 	var err error
-	if e.Size, err = b.finish(ctx, e.Rootfs); err != nil {
+	if e.Size, err = b.finish(ctx); err != nil {
 		return Image{}, err
 	}
 	conf.Created.Time, conf.RootFS = e.Created, v1.RootFS{Type: "layers", DiffIDs: b.diffs}

@@ -455,7 +455,7 @@ func TestPullMendsTheStore(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := errors.Join(damage(s.blobPath(hashBytes(im.packed[0]).String())), os.Remove(s.RootfsPath(img))); err != nil {
+			if err := errors.Join(damage(s.blobPath(hashBytes(im.packed[0]).String())), os.Remove(rootfsOf(t, s, img))); err != nil {
 				t.Fatal(err)
 			}
 			if img, _, err = s.Pull(t.Context(), mustName(t, "h.example/app:1"), r, PullOptions{}); err != nil {

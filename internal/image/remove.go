@@ -142,7 +142,7 @@ func (s *Store) Confirm(ctx context.Context, img Image) error {
 	if err != nil {
 		return err
 	}
-	if idx.byID(img.ID) == nil || !exists(s.rootfsPath(img.RootfsID)) || !exists(s.extraPath(img.RootfsID)) {
+	if idx.byID(img.ID) == nil || s.checkRootfs(img.RootfsID) != nil {
 		return fmt.Errorf("image %s was removed meanwhile: %w", ShortID(img.ID), ErrNotFound)
 	}
 	return nil
@@ -161,7 +161,7 @@ func shortNames(names []string) []string {
 
 // places are the files that an image needs. They come with an error when its manifest, which names the layers, cannot be read.
 func (s *Store) places(e *entry) ([]string, error) {
-	places := []string{blobPlace(e.ID), blobPlace(e.Manifest), rootfsPlace(e.Rootfs), extraPlace(e.Rootfs)}
+	places := append(s.rootfsPlaces(e.Rootfs), blobPlace(e.ID), blobPlace(e.Manifest))
 	m, err := s.manifest(e)
 	if err != nil {
 		return places, err
@@ -172,13 +172,25 @@ func (s *Store) places(e *entry) ([]string, error) {
 	return places, nil
 }
 
+// rootfsPlaces are the files of a root file system. Of one that is damaged it is what bears its id: no box starts from it, and a load makes
+// what is missing.
+func (s *Store) rootfsPlaces(id string) []string {
+	head, err := s.readHead(id)
+	if err != nil {
+		head = rootfsHead{}
+	}
+	return head.places(id)
+}
+
 // collect deletes the files that no image of the index refers to and no box needs. The caller holds the lock, so no load is
 // committing; loads at work have links of their own to what they share.
 func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	want := map[string]bool{}
 	unknown := map[string]bool{"rootfs": needs.Unknown} // directories in which anything may be needed
 	for _, id := range needs.Rootfs {
-		want[rootfsPlace(id)], want[extraPlace(id)] = true, true
+		for _, place := range s.rootfsPlaces(id) {
+			want[place] = true
+		}
 	}
 	for i := range idx.Images {
 		e := &idx.Images[i]

@@ -169,9 +169,28 @@ func (st *stage) share(place string) bool {
 }
 
 // shareRootfs takes a root file system that the store has whole. A removal may take it away between the one file and the other, and
-// who died while they were moved to their places has left but one.
+// who died while they were moved to their places has left but some.
 func (st *stage) shareRootfs(id string) bool {
-	return st.share(rootfsPlace(id)) && st.share(extraPlace(id))
+	if !st.share(extraPlace(id)) {
+		return false
+	}
+	head, err := readHead(st.place(extraPlace(id)))
+	if err != nil {
+		return false
+	}
+	for _, place := range head.places(id) {
+		if !st.share(place) {
+			return false
+		}
+	}
+	return true
+}
+
+// place returns where the stage has what will be at a place in the store.
+func (st *stage) place(place string) string {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.made[place]
 }
 
 // commit moves everything to its place and records the images, as one step for all who look. It returns them as they are then.

@@ -191,7 +191,7 @@ func allExtras(s *Store, img Image) ([]Extra, error) {
 
 func checkSample(t *testing.T, s *Store, img Image, cmd string) {
 	t.Helper()
-	files := readGvisor(t, s.RootfsPath(img))
+	files := readGvisor(t, rootfsOf(t, s, img))
 	if _, ok := files["gone"]; ok {
 		t.Error("a file that was whited out is there")
 	}
@@ -274,7 +274,7 @@ func TestSameLayersSameRootfs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := mustRead(t, s.RootfsPath(first[0]))
+	before := mustRead(t, rootfsOf(t, s, first[0]))
 	im.cmd = "other"
 	second, err := s.Load(t.Context(), Source{Path: asFile(t, asTar(t, dockerFiles(t, map[string]testImage{"x:1": im})))}, Options{})
 	if err != nil {
@@ -283,7 +283,7 @@ func TestSameLayersSameRootfs(t *testing.T) {
 	if first[0].ID == second[0].ID || first[0].RootfsID != second[0].RootfsID || first[0].Size != second[0].Size {
 		t.Errorf("%+v\n%+v", first[0], second[0])
 	}
-	if !bytes.Equal(before, mustRead(t, s.RootfsPath(second[0]))) {
+	if !bytes.Equal(before, mustRead(t, rootfsOf(t, s, second[0]))) {
 		t.Error("the root file system changed")
 	}
 	// The name moved; the first image lost it, and goes with a prune. What they share stays.
@@ -294,7 +294,7 @@ func TestSameLayersSameRootfs(t *testing.T) {
 	if err != nil || len(res.Deleted) != 1 || res.Deleted[0] != first[0].ID {
 		t.Errorf("prune: %+v, %v", res, err)
 	}
-	if !exists(s.RootfsPath(second[0])) {
+	if !exists(rootfsOf(t, s, second[0])) {
 		t.Error("prune took a root file system in use")
 	}
 }
@@ -323,7 +323,7 @@ func TestHalfARootfs(t *testing.T) {
 				if xs, err := allExtras(s, imgs[0]); err != nil || len(xs) != 1 || string(xs[0].Path) != "/bin/ping" {
 					t.Errorf("attributes: %+v, %v", xs, err)
 				}
-				if files := readGvisor(t, s.RootfsPath(imgs[0])); files["data"].Size != 300000 {
+				if files := readGvisor(t, rootfsOf(t, s, imgs[0])); files["data"].Size != 300000 {
 					t.Errorf("%+v", files)
 				}
 			})
@@ -565,7 +565,7 @@ func TestImport(t *testing.T) {
 			if diff := cmp.Diff(v1.Config{Cmd: []string{"/bin/sh", "-l"}, Env: []string{"A=1"}, WorkingDir: "/x", Labels: map[string]string{"k": "v w"}}, img.Config.Config); diff != "" {
 				t.Error(diff)
 			}
-			files := readGvisor(t, s.RootfsPath(img))
+			files := readGvisor(t, rootfsOf(t, s, img))
 			if files["bin/sh"].Size != 2 || files["l"].Target != "/etc/passwd" || files["l"].Mode != lnk|0o777 {
 				t.Errorf("%+v", files)
 			}
@@ -615,7 +615,7 @@ func TestImportDirectory(t *testing.T) {
 	if ids[0] != ids[1] {
 		t.Errorf("one tree gave two root file systems: %v", ids)
 	}
-	files := readGvisor(t, s.RootfsPath(imgs[0]))
+	files := readGvisor(t, rootfsOf(t, s, imgs[0]))
 	if f := files["\xff\xfe dir/\xc0"]; f.Size != 1 || f.Nlink != 2 || f.Mtime != 1e9 || files["\xff\xfe dir/z"].Target != "\xc1" {
 		t.Errorf("%+v", files)
 	}
@@ -800,7 +800,7 @@ func TestPruneCounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := errors.Join(os.MkdirAll(s.path("tmp", "load-dead"), 0o700), os.WriteFile(s.path("tmp", "load-dead", "part-1"), make([]byte, 1<<20), 0o600),
-		os.Link(s.RootfsPath(kept), s.path("tmp", "load-dead", "rootfs_x")), os.WriteFile(s.path(".index.json-1"), make([]byte, 64<<10), 0o600),
+		os.Link(rootfsOf(t, s, kept), s.path("tmp", "load-dead", "rootfs_x")), os.WriteFile(s.path(".index.json-1"), make([]byte, 64<<10), 0o600),
 		os.WriteFile(s.blobPath("sha256:00"), make([]byte, 128<<10), 0o600)); err != nil {
 		t.Fatal(err)
 	}
@@ -809,7 +809,7 @@ func TestPruneCounts(t *testing.T) {
 		t.Errorf("%+v, %v", res, err)
 	}
 	checkClean(t, s)
-	if exists(s.path(".index.json-1")) || exists(s.blobPath("sha256:00")) || !exists(s.RootfsPath(kept)) {
+	if exists(s.path(".index.json-1")) || exists(s.blobPath("sha256:00")) || !exists(rootfsOf(t, s, kept)) {
 		t.Error("the wrong files are gone")
 	}
 }
@@ -963,7 +963,7 @@ func TestConcurrent(t *testing.T) {
 					t.Error(err)
 					continue
 				}
-				if !exists(s.RootfsPath(imgs[0])) {
+				if !exists(rootfsOf(t, s, imgs[0])) {
 					t.Error("a loaded image has no root file system")
 				}
 				if _, err := s.Prune(t.Context(), false, nil, nil); err != nil {
@@ -1044,7 +1044,7 @@ func TestLoadKilled(t *testing.T) {
 			t.Fatalf("round %d: %v", i, err)
 		}
 		for _, img := range imgs {
-			if _, err := os.Stat(s.RootfsPath(img)); err != nil {
+			if _, err := os.Stat(rootfsOf(t, s, img)); err != nil {
 				t.Errorf("round %d: %v", i, err)
 			}
 			checkSample(t, s, img, strings.Repeat("x", 50))
@@ -1073,4 +1073,14 @@ func countFiles(dir string) int {
 		return nil
 	})
 	return n
+}
+
+// rootfsOf is where the only segment of an image stands.
+func rootfsOf(t *testing.T, s *Store, img Image) string {
+	t.Helper()
+	paths, err := s.RootfsPaths(img)
+	if err != nil || len(paths) != 1 {
+		t.Fatalf("segments of %s: %v, %v", img.ID, paths, err)
+	}
+	return paths[0]
 }

@@ -77,7 +77,7 @@ func TestPipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if files := readGvisor(t, s.RootfsPath(img)); files["a"].Size != 1 {
+	if files := readGvisor(t, rootfsOf(t, s, img)); files["a"].Size != 1 {
 		t.Errorf("%+v", files)
 	}
 }

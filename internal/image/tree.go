@@ -2,7 +2,6 @@ package image
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -69,21 +68,17 @@ const (
 	whiteoutOpaque = ".wh..wh..opq"
 )
 
-// live marks the nodes that are in the finished tree. No layer has this number.
-const live = math.MaxUint32
-
 // tree merges layers, the lowest first, into one root file system. Only names and attributes are held in memory; file contents
 // go straight into the image, and what a later layer hides is given back at the end. A node's tag is the layer that put it there,
 // counted from 1.
 type tree struct {
-	w       *erofs.Writer
+	segment
 	limits  Limits
 	root    *erofs.Node
 	layer   uint32
 	entries int
 	bytes   int64
 	meta    budget
-	files   []*erofs.Node // every node that ever had contents
 	xattrs  map[*erofs.Node][]Xattr
 
 	// Of the present layer: directories that hold nothing of the layers below any more, so that no number of whiteouts makes the
@@ -98,8 +93,8 @@ type place struct {
 	name string
 }
 
-func newTree(w *erofs.Writer, limits Limits) *tree {
-	return &tree{w: w, limits: limits, meta: budget{limits.Metadata}, root: newDir(0), xattrs: map[*erofs.Node][]Xattr{}}
+func newTree(limits Limits) *tree {
+	return &tree{limits: limits, meta: budget{limits.Metadata}, root: newDir(0), xattrs: map[*erofs.Node][]Xattr{}}
 }
 
 // newDir is a directory that no layer describes: what Docker makes for a parent that is missing from an archive.
@@ -177,7 +172,10 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		if n, err = t.linkTarget(hdr.Linkname); err != nil {
 			return err
 		}
-		dir.Children[base] = n
+		t.put(dir, base, n)
+		if n.Below != 0 {
+			t.again(n)
+		}
 		if n.Tag != t.layer {
 			t.linked[place{dir, base}] = true
 		}
@@ -197,7 +195,9 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 			t.files = append(t.files, n)
 		}
 	}
-	dir.Children[base] = n
+	if n != old {
+		t.put(dir, base, n)
+	}
 	return t.setAttrs(n, hdr)
 }
 
@@ -252,6 +252,10 @@ func (t *tree) setAttrs(n *erofs.Node, hdr *tar.Header) error {
 	if err != nil {
 		return err
 	}
+	return t.setXattrs(n, xs)
+}
+
+func (t *tree) setXattrs(n *erofs.Node, xs []Xattr) error {
 	delete(t.xattrs, n)
 	for _, x := range xs {
 		if err := t.meta.take(xattrCost + len(x.Name) + len(x.Value)); err != nil {
@@ -364,7 +368,7 @@ func (t *tree) walk(path []string, create bool) (*erofs.Node, error) {
 			}
 			n = newDir(t.layer)
 			n.ModTime = time.Time{}
-			dir.Children[strings.Clone(name)] = n
+			t.put(dir, strings.Clone(name), n)
 		}
 		if len(stack) > maxDepth {
 			return nil, fmt.Errorf("more than %d directories deep: %w", maxDepth, ErrTooLarge)
@@ -430,6 +434,7 @@ func (t *tree) hide(dir *erofs.Node, name string) {
 		t.hideChildren(n)
 	}
 	if n.Tag != t.layer && len(n.Children) == 0 && !t.linked[place{dir, name}] {
+		t.leave(dir, name)
 		delete(dir.Children, name)
 	}
 }
@@ -445,45 +450,39 @@ func (t *tree) hideChildren(dir *erofs.Node) {
 	}
 }
 
-// finish gives back the contents that ended up hidden and returns the tree, with what gVisor does not read of it.
-func (t *tree) finish() (*erofs.Node, []Extra, error) {
-	extras := []Extra{}
-	if err := t.mark(t.root, nil, &extras); err != nil {
-		return nil, nil, err
-	}
-	for _, n := range t.files {
-		if n.Tag != live {
-			t.w.Discard(n.Data)
-		}
-	}
-	t.files = nil
-	return t.root, extras, nil
+// eachExtra tells what gVisor does not read of the tree, in the order of a walk.
+func (t *tree) eachExtra(fn func(Extra) error) error {
+	defer func(left int64) { t.meta.left = left }(t.meta.left)
+	return t.extras(t.root, nil, map[*erofs.Node]bool{}, fn)
 }
 
-// mark marks what is in the tree below a directory as live and gathers its extras. The path is one buffer for all of it: below a
-// long one, a path for each file would be more than memory holds.
-func (t *tree) mark(n *erofs.Node, path []byte, extras *[]Extra) error {
+// extras is eachExtra below one node. The path is one buffer for all of it: below a long one, a path for each file would be more than
+// memory holds.
+func (t *tree) extras(n *erofs.Node, path []byte, told map[*erofs.Node]bool, fn func(Extra) error) error {
 	x := Extra{}
-	if n.Tag != live {
+	if !told[n] {
 		// An attribute is set on one name of a file only: the others are the same file.
-		x.Xattrs = t.xattrs[n]
+		if x.Xattrs = t.xattrs[n]; len(x.Xattrs) > 0 {
+			told[n] = true
+		}
 	}
-	n.Tag = live
 	if typ := n.Type(); typ == erofs.TypeChar || typ == erofs.TypeBlock {
 		x.Device = &Device{Mode: uint32(n.Mode), UID: n.UID, GID: n.GID, Major: n.Major, Minor: n.Minor}
 	}
 	if len(x.Xattrs) > 0 || x.Device != nil {
-		x.Path = bytes.Clone(path)
+		x.Path = path
 		if len(path) == 0 {
 			x.Path = []byte("/")
 		}
 		if err := t.meta.take(len(x.Path)); err != nil {
 			return err
 		}
-		*extras = append(*extras, x)
+		if err := fn(x); err != nil {
+			return err
+		}
 	}
 	for _, name := range sortedKeys(n.Children) {
-		if err := t.mark(n.Children[name], append(append(path, '/'), name...), extras); err != nil {
+		if err := t.extras(n.Children[name], append(append(path, '/'), name...), told, fn); err != nil {
 			return err
 		}
 	}

@@ -207,11 +207,15 @@ func ociSpec(c *launch.Config) *specs.Spec {
 			boot.MountPrefix + "state.share":  "container",
 		},
 		Mounts: []specs.Mount{
-			{Destination: launch.LowerPath, Type: "erofs", Source: "image", Options: []string{"ro"}},
 			{Destination: launch.StatePath, Type: "bind", Source: stateSource},
 			// Named so that the kernel does not add one of its own.
 			{Destination: "/tmp", Type: "tmpfs"},
 		},
+	}
+	for i := range c.ImageFDs {
+		s.Mounts = append(s.Mounts, specs.Mount{
+			Destination: launch.LowerPath + "/" + strconv.Itoa(i), Type: "erofs", Source: "image-" + strconv.Itoa(i), Options: []string{"ro"},
+		})
 	}
 	for i, v := range c.Volumes {
 		m := specs.Mount{Destination: launch.VolPath + "/" + strconv.Itoa(i), Type: "bind", Source: "volume-" + strconv.Itoa(i)}
@@ -225,12 +229,15 @@ func ociSpec(c *launch.Config) *specs.Spec {
 
 // goferMounts lists descriptors and mount kinds in the order of the root and then the spec's mounts.
 func goferMounts(c *launch.Config) ([]int, []specutils.GoferMountConf) {
-	fds := []int{c.ScaffoldFD, c.ImageFD, c.StateFD}
+	fds := []int{c.ScaffoldFD, c.StateFD}
 	// The scaffold gets a small upper in memory, so that mount points for any number of volumes can be made.
 	confs := []specutils.GoferMountConf{
 		{Lower: specutils.Erofs, Upper: specutils.MemoryOverlay},
-		{Lower: specutils.Erofs, Upper: specutils.NoOverlay},
 		{Lower: specutils.Lisafs, Upper: specutils.NoOverlay},
+	}
+	for _, fd := range c.ImageFDs {
+		fds = append(fds, fd)
+		confs = append(confs, specutils.GoferMountConf{Lower: specutils.Erofs, Upper: specutils.NoOverlay})
 	}
 	for _, v := range c.Volumes {
 		fds = append(fds, v.FD)

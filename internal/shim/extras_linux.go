@@ -15,11 +15,12 @@ import (
 
 // extras gives the box what gVisor does not see in the image and a box can have all the same. It is made once: from then on it is the
 // box's.
-func (s *shim) extras(ctx context.Context, agent *wire.Client, images *image.Store) error {
+func (s *shim) extras(ctx context.Context, agent *wire.Client, images *image.Store, lower []string) error {
 	if !s.box.StartedAt.IsZero() || s.args.Mode == Files {
 		return nil
 	}
 	without, err := sendExtras(images.Extras(image.Image{RootfsID: s.box.Spec.RootfsID}), func(e wire.Extras) error {
+		e.Lower = lower
 		info, err := agent.Extras(ctx, e)
 		for _, w := range info.Warnings {
 			s.log.Warn("the box does without", "what", w)

@@ -322,13 +322,17 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, err
 	}
+	rootfs, err := images.RootfsPaths(image.Image{RootfsID: s.box.Spec.RootfsID})
+	if err != nil {
+		return nil, err
+	}
 	eng, err := s.engine()
 	if err != nil {
 		return nil, err
 	}
 	in, err := eng.Start(ctx, engine.Spec{
 		ID: s.keeper.Home.GenerationName(s.args.ID, s.box.Generation), Box: s.box.Spec, Sentry: set.Sentry, Scaffold: set.Scaffold,
-		Image: images.RootfsPath(image.Image{RootfsID: s.box.Spec.RootfsID}), StateDir: s.files.State(), HostID: jail.HostIDFor(s.args.ID),
+		Images: rootfs, StateDir: s.files.State(), HostID: jail.HostIDFor(s.args.ID),
 	}, s)
 	if err != nil {
 		return nil, err
@@ -344,10 +348,11 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 		return nil, fmt.Errorf("connect to the box's agent: %w", err)
 	}
 	r.agent = wire.NewClientOf(sess)
-	if err := s.extras(ctx, r.agent, images); err != nil {
+	lower := lowerDirs(len(rootfs))
+	if err := s.extras(ctx, r.agent, images, lower); err != nil {
 		return nil, err
 	}
-	info, err := r.agent.Configure(ctx, setup(s.box))
+	info, err := r.agent.Configure(ctx, setup(s.box, lower))
 	if err != nil {
 		return nil, fmt.Errorf("set up the box: %w", err)
 	}
@@ -415,8 +420,17 @@ func (s *shim) listen(ctx context.Context) (net.Listener, error) {
 	}
 }
 
-func setup(b *state.Box) wire.Setup {
-	out := wire.Setup{Hostname: b.Spec.Hostname, ReadOnly: b.Spec.ReadOnly, Tmpfs: b.Spec.Tmpfs}
+// lowerDirs are where an engine has put the segments of an image.
+func lowerDirs(segments int) []string {
+	var dirs []string
+	for i := range segments {
+		dirs = append(dirs, "/lower/"+strconv.Itoa(i))
+	}
+	return dirs
+}
+
+func setup(b *state.Box, lower []string) wire.Setup {
+	out := wire.Setup{Hostname: b.Spec.Hostname, Lower: lower, ReadOnly: b.Spec.ReadOnly, Tmpfs: b.Spec.Tmpfs}
 	for i, v := range b.Spec.Volumes {
 		out.Volumes = append(out.Volumes, wire.SetupVolume{
 			Staging: "/vol/" + strconv.Itoa(i), Target: v.Target, ReadOnly: v.ReadOnly, Fill: v.Anonymous && !v.ReadOnly,

@@ -28,7 +28,7 @@ const (
 // Extras are what an image has and its kernel does not show of it. They come before [Setup], in as many messages as it takes, once in a
 // box's life, and are made in the writable layer.
 type Extras struct {
-	Lower   string        `json:"lower,omitempty"` // as in Setup
+	Lower   []string      `json:"lower,omitempty"` // as in Setup
 	State   string        `json:"state,omitempty"`
 	Xattrs  []SetupXattr  `json:"xattrs,omitempty"`
 	Devices []SetupDevice `json:"devices,omitempty"`
@@ -37,10 +37,10 @@ type Extras struct {
 // Setup tells an agent what it is in: the box's root and what is in it. Paths of the scaffold are those before the box's
 // own root is entered.
 type Setup struct {
-	Hostname string `json:"hostname"`
-	Lower    string `json:"lower,omitempty"` // the image, read-only; empty: "/lower"
-	State    string `json:"state,omitempty"` // holds upper and work, made when missing; empty: "/state"
-	ReadOnly bool   `json:"read_only,omitempty"`
+	Hostname string   `json:"hostname"`
+	Lower    []string `json:"lower,omitempty"` // the image: what is to be laid over each other, the lowest first; empty: "/lower"
+	State    string   `json:"state,omitempty"` // holds upper and work, made when missing; empty: "/state"
+	ReadOnly bool     `json:"read_only,omitempty"`
 	// Volumes are mounted in the order of their targets' depth, so that one may lie in another.
 	Volumes []SetupVolume `json:"volumes,omitempty"`
 	Tmpfs   []spec.Tmpfs  `json:"tmpfs,omitempty"`

@@ -51,7 +51,7 @@ func (Engine) Probe(context.Context) engine.Capabilities {
 const (
 	sentryPath   = "/sentry"
 	scaffoldPath = "/scaffold"
-	imagePath    = "/image"
+	imagePath    = "/image" // with /0, /1, … below it
 	statePath    = "/state"
 	volPath      = "/vol"
 )
@@ -93,11 +93,16 @@ func (Engine) Start(ctx context.Context, s engine.Spec, l engine.Launcher) (engi
 	cfg := jail.Config{HostID: s.HostID, Binds: []jail.Bind{
 		{Source: s.Sentry, Target: sentryPath, ReadOnly: true, Exec: true},
 		{Source: s.Scaffold, Target: scaffoldPath, ReadOnly: true, Exec: true},
-		{Source: s.Image, Target: imagePath, ReadOnly: true, Exec: true},
 		// Programs of the guest are mapped for execution by its kernel, straight from these files; to the host's execve they are
 		// none, for want of the permission bit.
 		{Source: s.StateDir, Target: statePath, Exec: true},
 	}}
+	opens := []string{scaffoldPath}
+	for i, path := range s.Images {
+		target := fmt.Sprintf("%s/%d", imagePath, i)
+		cfg.Binds = append(cfg.Binds, jail.Bind{Source: path, Target: target, ReadOnly: true, Exec: true})
+		opens = append(opens, target)
+	}
 	serve := func(root string, host, readOnly bool) (int, error) {
 		client, server, err := socketPair("lisafs")
 		if err != nil {
@@ -123,14 +128,16 @@ func (Engine) Start(ctx context.Context, s engine.Spec, l engine.Launcher) (engi
 	}
 	// Opened in the jail, after the descriptors that come from here.
 	c.ScaffoldFD = launch.ConfigFD + len(files) + 1
-	c.ImageFD = c.ScaffoldFD + 1
+	for i := range s.Images {
+		c.ImageFDs = append(c.ImageFDs, c.ScaffoldFD+1+i)
+	}
 	conf, err := configFile(c)
 	if err != nil {
 		return fail(err)
 	}
 	given.add(conf)
 	cfg.Program = jail.Program{Path: sentryPath, Args: []string{"coffer-sentry", s.ID}, Files: append([]*os.File{conf}, files...),
-		Opens: []string{scaffoldPath, imagePath}}
+		Opens: opens}
 
 	j, err := l.Launch(ctx, cfg)
 	if err != nil {

@@ -13,7 +13,7 @@ const ReadyByte = 'R'
 // Paths inside the sandbox, before the agent has made the box's own root.
 const (
 	AgentPath = "/agent" // the agent's program, in the scaffold image
-	LowerPath = "/lower" // the box's image, read-only
+	LowerPath = "/lower" // the segments of the box's image, read-only, at LowerPath/0, LowerPath/1, …
 	StatePath = "/state" // the box's writable layer, served by the jail's file server
 	VolPath   = "/vol"   // volumes are at VolPath/0, VolPath/1, …
 	AgentFD   = 3        // the agent's descriptor of the stream to the shim
@@ -24,11 +24,11 @@ type Config struct {
 	ID       string `json:"id"`
 	Hostname string `json:"hostname"`
 
-	ReadyFD    int `json:"ready_fd"`
-	AgentFD    int `json:"agent_fd"`    // stream socket that becomes the agent's descriptor AgentFD
-	ScaffoldFD int `json:"scaffold_fd"` // EROFS image that is the sandbox's first root
-	ImageFD    int `json:"image_fd"`    // EROFS image of the box
-	StateFD    int `json:"state_fd"`    // LISAFS socket of the writable layer
+	ReadyFD    int   `json:"ready_fd"`
+	AgentFD    int   `json:"agent_fd"`    // stream socket that becomes the agent's descriptor AgentFD
+	ScaffoldFD int   `json:"scaffold_fd"` // EROFS image that is the sandbox's first root
+	ImageFDs   []int `json:"image_fds"`   // EROFS images of the box, the lowest first
+	StateFD    int   `json:"state_fd"`    // LISAFS socket of the writable layer
 
 	Volumes []Volume `json:"volumes,omitempty"`
 
