@@ -354,34 +354,61 @@ type cutError struct{ error }
 
 func (e *cutError) Unwrap() error { return e.error }
 
+// watched opens what comes from a registry and cuts it off when nothing more does. The errors of the body say so.
+func watched(ctx context.Context, r Remote, h v1.Hash, from int64) (body io.ReadCloser, start int64, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	body, start, err = r.Blob(ctx, h, from)
+	if err != nil {
+		cancel(nil)
+		return nil, 0, err
+	}
+	w := &watchedBody{ReadCloser: body, ctx: ctx, cancel: cancel}
+	w.watch = time.AfterFunc(stall, func() { cancel(errStalled); body.Close() })
+	return w, start, nil
+}
+
+type watchedBody struct {
+	io.ReadCloser
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	watch  *time.Timer
+}
+
+// Read implements [io.Reader].
+func (w *watchedBody) Read(p []byte) (int, error) {
+	n, err := w.ReadCloser.Read(p)
+	w.watch.Reset(stall)
+	if err != nil && !errors.Is(err, io.EOF) && errors.Is(context.Cause(w.ctx), errStalled) {
+		err = errStalled
+	}
+	return n, err
+}
+
+// Close implements [io.Closer].
+func (w *watchedBody) Close() error {
+	w.watch.Stop()
+	w.cancel(nil)
+	return w.ReadCloser.Close()
+}
+
 // fetchOnce goes on with a download and returns the number of new bytes.
 func (f *fetcher) fetchOnce(ctx context.Context, l *download, part *os.File, sum hash.Hash, from int64) (int64, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	body, start, err := f.remote.Blob(ctx, l.desc.Digest, from)
+	body, start, err := watched(ctx, f.remote, l.desc.Digest, from)
 	if err != nil {
 		return 0, err
 	}
 	defer body.Close()
-	watch := time.AfterFunc(stall, func() { cancel(errStalled); body.Close() })
-	defer watch.Stop()
-	cut := func(err error) error {
-		if errors.Is(context.Cause(ctx), errStalled) {
-			err = errStalled
-		}
-		return &cutError{fmt.Errorf("the download was cut off: %w", err)}
-	}
+	cut := func(err error) error { return &cutError{fmt.Errorf("the download was cut off: %w", err)} }
 	if start < 0 || start > from {
 		return 0, fmt.Errorf("the registry sends it from byte %d on, byte %d was asked for", start, from)
 	}
-	if _, err := io.CopyN(io.Discard, movingReader{body, watch}, from-start); err != nil {
+	if _, err := io.CopyN(io.Discard, body, from-start); err != nil {
 		return 0, cut(err)
 	}
 	buf := make([]byte, 128<<10)
 	told := from
 	for at := from; ; {
 		n, err := body.Read(buf)
-		watch.Reset(stall)
 		if at+int64(n) > l.desc.Size {
 			return at - from, fmt.Errorf("it is larger than the %d bytes that its manifest says: %w", l.desc.Size, ErrDigest)
 		}
@@ -406,18 +433,6 @@ func (f *fetcher) fetchOnce(ctx context.Context, l *download, part *os.File, sum
 			return at - from, cut(err)
 		}
 	}
-}
-
-// movingReader notes that a stream moves.
-type movingReader struct {
-	io.Reader
-	watch *time.Timer
-}
-
-func (r movingReader) Read(p []byte) (int, error) {
-	n, err := r.Reader.Read(p)
-	r.watch.Reset(stall)
-	return n, err
 }
 
 // publish gives a checked blob its place, where other pulls find it from now on, too. It is nobody's yet: if this pull comes to nothing,

@@ -242,7 +242,7 @@ func isIndex(raw []byte) bool {
 }
 
 func readRemote(ctx context.Context, r Remote, h v1.Hash, limit int64) ([]byte, error) {
-	body, start, err := r.Blob(ctx, h, 0)
+	body, start, err := watched(ctx, r, h, 0)
 	if err != nil {
 		return nil, err
 	}

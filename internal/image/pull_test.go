@@ -420,6 +420,22 @@ func TestPullStalls(t *testing.T) {
 	})
 }
 
+// A configuration that does not come ends the pull.
+func TestPullStallsEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, r := newStore(t), newRemote(t, map[string]testImage{"1": sampleImage(t, "one")})
+		r.body = func(_ v1.Hash, _ int64, b []byte) (io.Reader, int64, error) {
+			pr, pw := io.Pipe()
+			go pw.Write(b[:10])
+			return closingReader{pr}, 0, nil
+		}
+		if _, _, err := s.Pull(t.Context(), mustName(t, "h.example/app:1"), closingRemote{r}, PullOptions{}); !errors.Is(err, errStalled) {
+			t.Errorf("%v", err)
+		}
+		checkClean(t, s)
+	})
+}
+
 type closingReader struct{ *io.PipeReader }
 
 // closingRemote is a fakeRemote whose answers can be closed.
