@@ -16,6 +16,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
@@ -211,6 +212,15 @@ func TestPullAnotherTag(t *testing.T) {
 		if len(offsets) != 1 && r.blobs[h][0] != '{' {
 			t.Errorf("layer %s was fetched %d times", h, len(offsets))
 		}
+	}
+	// Each name goes alone, and the image with the last that has no digest.
+	for _, ref := range []string{img.Digests[0], "h.example/app:1", "h.example/app:2"} {
+		if res, err := s.Remove(t.Context(), ref, nil); err != nil || cmp.Diff(Removed{Untagged: []string{ref}}, res) != "" {
+			t.Errorf("remove %s: %+v, %v", ref, res, err)
+		}
+	}
+	if res, err := s.Remove(t.Context(), "other.example/app:1", nil); err != nil || len(res.Deleted) != 1 {
+		t.Errorf("%+v, %v", res, err)
 	}
 }
 

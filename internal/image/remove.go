@@ -36,7 +36,7 @@ func (f NeedsFunc) ask(ctx context.Context) (Needs, error) {
 	return f(ctx)
 }
 
-// Remove takes a name from an image, and the image away with its last name. By id, all names go. An image that boxes were made from
+// Remove takes a name from an image, and the image away with its last name, as which one with a digest does not count. By id, all names go. An image that boxes were made from
 // stays whole and the error is an [*InUseError].
 func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Removed, error) {
 	unlock, err := s.lock(ctx)
@@ -58,13 +58,12 @@ func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Remove
 	}
 	var res Removed
 	_ = s.giveBack(idx, needs, &res) // it is for room; who gets none is told so below
-	if n, err := ParseName(ref); err == nil && len(e.Names) > 1 && slices.Contains(e.Names, n.String()) {
-		e.Names = slices.DeleteFunc(e.Names, func(have string) bool { return have == n.String() })
-		err := s.writeIndex(idx)
-		if err == nil {
-			res.Untagged = []string{n.Short()}
+	if name, left := e.without(ref); left {
+		if err := s.writeIndex(idx); err != nil {
+			return res, err
 		}
-		return res, err
+		res.Untagged = []string{name}
+		return res, nil
 	}
 	if used := needs.Images[e.ID]; len(used) > 0 {
 		return res, &InUseError{Image: ref, Boxes: used}
@@ -77,6 +76,23 @@ func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Remove
 	// From here on the image is gone; what cannot be deleted now goes at the next prune.
 	res.Untagged, res.Deleted = names, []string{id}
 	return res, s.giveBack(idx, needs, &res)
+}
+
+// without takes a name from an image that keeps another. It tells which in the short form, and if that is so.
+func (e *entry) without(ref string) (short string, left bool) {
+	n, err := ParseName(ref)
+	if err != nil {
+		return "", false
+	}
+	list, name, others := &e.Names, n.String(), 1
+	if n.Digest != "" {
+		list, name, others = &e.Digests, n.canonical(n.Digest), 0
+	}
+	if len(e.Names) <= others || !slices.Contains(*list, name) {
+		return "", false
+	}
+	*list = slices.DeleteFunc(*list, func(have string) bool { return have == name })
+	return shortNames([]string{name})[0], true
 }
 
 // Prune removes images without a name, or with all every image, that no box was made from, and everything in the store that
