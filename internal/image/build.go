@@ -114,7 +114,7 @@ func (b *builder) load(id string, layers int) error {
 			return fmt.Errorf("segment %.12s: %w", segment, err)
 		}
 	}
-	b.head = rootfsHead{Below: head.stack(id), Size: head.Size}
+	b.head, b.t.bytes = rootfsHead{Below: head.stack(id), Size: head.Size}, head.Size
 	var ferr error
 	err = readExtras(extra, func(x Extra) bool {
 		ferr = b.t.resumeExtra(x)

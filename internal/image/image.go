@@ -158,7 +158,7 @@ func (s *Store) extraPath(id string) string  { return s.path("rootfs", id+".extr
 type rootfsHead struct {
 	Below  []string `json:"below,omitempty"`  // segments that it lies over, the lowest first
 	Closed bool     `json:"closed,omitempty"` // further segments may lie over it
-	Size   int64    `json:"size"`             // bytes of all of them together, without what is hidden
+	Size   int64    `json:"size"`             // bytes of all of them together
 }
 
 // stack lists the segments of a root file system, the lowest first.

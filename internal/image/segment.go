@@ -141,6 +141,10 @@ func (t *tree) changes(ctx context.Context, n, low *erofs.Node) (*erofs.Node, er
 		case !again:
 			continue
 		case empty && c.Data.Size > 0:
+			// A large file could win a name in every segment.
+			if err := t.takeBytes(c.Data.Size); err != nil {
+				return nil, err
+			}
 			old := io.NewSectionReader(t.below[c.Below-1], int64(c.Data.Block)*erofs.BlockSize, c.Data.Size)
 			var err error
 			if c.Data, err = t.w.Append(ctx, old, c.Data.Size); err != nil {

@@ -457,6 +457,20 @@ func TestDamagedSegments(t *testing.T) {
 	}
 }
 
+// What has to be written again counts, or a large file with many names would be more than any image may hold.
+func TestRestoredContentsCount(t *testing.T) {
+	layers := [][]byte{layerTar(t, ent{name: "f", body: strings.Repeat("x", 60000)})}
+	for i := range 4 {
+		layers = append(layers, layerTar(t, ent{name: fmt.Sprint("l", i), typ: tar.TypeLink, link: "f"}))
+	}
+	if _, _, err := buildSegments(t, Limits{Bytes: 200000}, 1, layers...); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("%v", err)
+	}
+	if _, _, err := buildImage(t, Limits{Bytes: 200000}, layers...); err != nil {
+		t.Error(err)
+	}
+}
+
 // The number of segments is bounded, whatever the number of layers.
 func TestManySegments(t *testing.T) {
 	var layers [][]byte

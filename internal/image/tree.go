@@ -184,10 +184,9 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		// A directory that is there already keeps what it holds and takes the new attributes.
 		n = old
 	case n.Type() == erofs.TypeRegular:
-		if hdr.Size > t.limits.Bytes-t.bytes {
-			return fmt.Errorf("contents exceed %d bytes in all: %w", t.limits.Bytes, ErrTooLarge)
+		if err := t.takeBytes(hdr.Size); err != nil {
+			return err
 		}
-		t.bytes += hdr.Size
 		if n.Data, err = t.w.Append(ctx, content, hdr.Size); err != nil {
 			return err
 		}
@@ -199,6 +198,15 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 		t.put(dir, base, n)
 	}
 	return t.setAttrs(n, hdr)
+}
+
+// takeBytes counts contents that are about to be written.
+func (t *tree) takeBytes(n int64) error {
+	if n > t.limits.Bytes-t.bytes {
+		return fmt.Errorf("contents exceed %d bytes in all: %w", t.limits.Bytes, ErrTooLarge)
+	}
+	t.bytes += n
+	return nil
 }
 
 // newNode makes the node that a header describes, without its attributes; for a hard link there is none yet.
