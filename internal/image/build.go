@@ -179,7 +179,7 @@ func (b *builder) add(ctx context.Context, src io.Reader, want layerSpec) (err e
 	}
 	b.layers = append(b.layers, desc)
 	b.diffs = append(b.diffs, got)
-	if b.f != nil && b.t.w.Used() >= segmentSize && len(b.below) < maxSegments-1 {
+	if b.f != nil && b.t.w.Used() >= b.st.s.segment && len(b.below) < maxSegments-1 {
 		return b.endSegment(ctx, true)
 	}
 	return nil

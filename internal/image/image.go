@@ -121,8 +121,9 @@ type Device struct {
 // Store is a directory of images. It holds no state but the path: every call looks at the disk, and any number of processes may
 // use one directory at once.
 type Store struct {
-	dir string
-	log *slog.Logger
+	dir     string
+	log     *slog.Logger
+	segment int64 // bytes that end a segment
 }
 
 // Open returns the store in dir, which is made when it is missing.
@@ -130,7 +131,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{dir: dir, log: log}
+	s := &Store{dir: dir, log: log, segment: segmentSize}
 	// The last that is made, and that stores of before do not have.
 	if _, err := os.Stat(s.path("pull")); err == nil {
 		return s, nil
