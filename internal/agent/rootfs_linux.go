@@ -72,9 +72,6 @@ func (b *boxRoot) overlay(lower []string, state string) error {
 }
 
 func (b *boxRoot) mountOverlay(lower []string, state string, flags uintptr) error {
-	if len(lower) == 0 {
-		lower = []string{"/lower"}
-	}
 	top := slices.Clone(lower)
 	slices.Reverse(top) // the kernel wants the uppermost first
 	state = stateDir(state)

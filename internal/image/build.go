@@ -75,7 +75,7 @@ func newBuilder(st *stage, opts Options, diffs []v1.Hash, whole bool) *builder {
 // resume begins with a root file system of which others may be made, if the store has it.
 func (b *builder) resume(diffs []v1.Hash) bool {
 	id := rootfsID(diffs)
-	if head, err := b.st.s.readHead(id); err != nil || !head.Closed || !b.st.shareRootfs(id) {
+	if head, err := b.st.readHead(id); err != nil || !head.Closed || !b.st.shareRootfs(id) {
 		return false
 	}
 	if err := b.load(id, len(diffs)); err != nil {
@@ -91,8 +91,7 @@ func (b *builder) resume(diffs []v1.Hash) bool {
 // load reads the tree of a root file system whose files are in the stage.
 func (b *builder) load(id string, layers int) error {
 	b.t = newTree(b.limits)
-	extra := b.st.place(extraPlace(id))
-	head, err := readHead(extra)
+	head, err := b.st.readHead(id)
 	if err != nil {
 		return err
 	}
@@ -116,7 +115,7 @@ func (b *builder) load(id string, layers int) error {
 	}
 	b.head, b.t.bytes = rootfsHead{Below: head.stack(id), Size: head.Size}, head.Size
 	var ferr error
-	err = readExtras(extra, func(x Extra) bool {
+	err = readExtras(b.st.place(extraPlace(id)), func(x Extra) bool {
 		ferr = b.t.resumeExtra(x)
 		return ferr == nil
 	})
@@ -351,7 +350,7 @@ func (b *builder) finish(ctx context.Context) (int64, error) {
 			return 0, err
 		}
 	}
-	head, err := readHead(b.st.place(extraPlace(rootfsID(b.diffs))))
+	head, err := b.st.readHead(rootfsID(b.diffs))
 	return head.Size, err
 }
 
@@ -362,9 +361,17 @@ func (b *builder) keepExtras(id string) error {
 		return err
 	}
 	w := bufio.NewWriter(f)
-	enc := json.NewEncoder(w)
+	counted := &countingWriter{w: w}
+	enc := json.NewEncoder(counted)
 	if err = enc.Encode(b.head); err == nil {
-		err = b.t.eachExtra(func(x Extra) error { return enc.Encode(x) })
+		// Every segment has those of all below, too.
+		begun := counted.n
+		err = b.t.eachExtra(func(x Extra) error {
+			err := cmp.Or(enc.Encode(x), b.t.takeBytes(counted.n-begun))
+			b.head.Size += counted.n - begun
+			begun = counted.n
+			return err
+		})
 	}
 	if err == nil {
 		err = enc.Encode(extrasEnd{End: true})
@@ -374,6 +381,18 @@ func (b *builder) keepExtras(id string) error {
 		return err
 	}
 	return b.st.keep(f, extraPlace(id))
+}
+
+// countingWriter counts what passes.
+type countingWriter struct {
+	w io.Writer
+	n int64
+}
+
+func (w *countingWriter) Write(p []byte) (int, error) {
+	n, err := w.w.Write(p)
+	w.n += int64(n)
+	return n, err
 }
 
 // compressionOf looks at the first bytes of a stream. Empty: none that is known.

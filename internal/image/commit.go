@@ -65,14 +65,14 @@ func (s *Store) Commit(ctx context.Context, base string, layer io.Reader, o Comm
 
 // addHeld takes the next layer from an image that is held, in whose stage it is already.
 func (b *builder) addHeld(ctx context.Context, h *Held, want layerSpec) error {
-	if b.skip(want) {
-		return nil
-	}
 	f, err := h.blob(want.desc.Digest.String())
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	if fi, err := f.Stat(); err == nil && fi.Size() == want.desc.Size && b.skip(want) {
+		return nil
+	}
 	want.staged = func() error { return nil }
 	return b.add(ctx, f, want)
 }

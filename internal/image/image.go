@@ -1,8 +1,8 @@
 // Package image keeps images: it reads them from archives, layouts, root file systems and directories, and turns each into what a
 // box starts from, read-only EROFS files and a configuration.
 //
-// Nothing of an image is ever unpacked on the host. Layers are merged in memory by name while their contents stream into the
-// image file, so a hostile path, link or device has nothing to act on. The package reaches registries only through what it is given
+// Nothing of an image is ever unpacked on the host. Layers are merged in memory by name while their contents stream into
+// those files, so a hostile path, link or device has nothing to act on. The package reaches registries only through what it is given
 // ([Remote]), starts no box and knows no engine.
 //
 // # On disk
@@ -211,43 +211,71 @@ func (s *Store) readHead(rootfs string) (rootfsHead, error) { return readHead(s.
 
 // readHead reads the beginning of the file beside a segment.
 func readHead(path string) (rootfsHead, error) {
-	var h rootfsHead
-	f, err := os.Open(path)
+	f, err := openExtras(path)
 	if err != nil {
-		return h, err
+		return rootfsHead{}, err
 	}
-	defer f.Close()
-	if err := json.NewDecoder(f).Decode(&h); err != nil {
-		return h, fmt.Errorf("read %s: %w", path, err)
-	}
-	for _, id := range h.Below {
-		if raw, err := hex.DecodeString(id); err != nil || len(raw) != sha256.Size {
-			return h, fmt.Errorf("read %s: %q names no segment", path, id)
-		}
-	}
-	return h, nil
+	return f.head, f.Close()
 }
 
 // readExtras reads one line after the other, since an image may have more of them than memory should hold.
 func readExtras(path string, yield func(Extra) bool) error {
-	f, err := os.Open(path)
+	f, err := openExtras(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	d := json.NewDecoder(bufio.NewReader(f))
-	if err := d.Decode(&rootfsHead{}); err != nil {
-		return err
-	}
-	for {
+	for !f.list || f.More() {
 		var x extrasEnd
-		if err := d.Decode(&x); err != nil {
+		if err := f.Decode(&x); err != nil {
 			return fmt.Errorf("it is not whole: %w", err)
 		}
 		if x.End || !yield(x.Extra) {
 			return nil
 		}
 	}
+	_, err = f.Token() // a list that was cut has no end
+	return err
+}
+
+// extrasFile is an open file beside a segment, from behind its head on.
+type extrasFile struct {
+	*os.File
+	*json.Decoder
+	head rootfsHead
+	list bool // of before there were segments: a JSON list, without a head
+}
+
+func openExtras(path string) (_ *extrasFile, err error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			file.Close()
+			err = fmt.Errorf("read %s: %w", path, err)
+		}
+	}()
+	r := bufio.NewReader(file)
+	f := &extrasFile{File: file, Decoder: json.NewDecoder(r)}
+	first, err := r.Peek(1)
+	if err != nil {
+		return nil, err
+	}
+	if f.list = first[0] == '['; f.list {
+		_, err = f.Token()
+		return f, err
+	}
+	if err := f.Decode(&f.head); err != nil {
+		return nil, err
+	}
+	for _, id := range f.head.Below {
+		if raw, err := hex.DecodeString(id); err != nil || len(raw) != sha256.Size {
+			return nil, fmt.Errorf("%q names no segment", id)
+		}
+	}
+	return f, nil
 }
 
 // Resolve finds an image by name, by id, or by a prefix of its id.

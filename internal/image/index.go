@@ -17,7 +17,7 @@ import (
 )
 
 // indexVersion is raised when older programs would misread the index.
-const indexVersion = 1
+const indexVersion = 2
 
 // entry is one image in the index.
 type entry struct {

@@ -175,27 +175,23 @@ func shortNames(names []string) []string {
 	return short
 }
 
-// places are the files that an image needs. They come with an error when its manifest, which names the layers, cannot be read.
+// places are the files that an image needs. They come with an error when what names them cannot be read.
 func (s *Store) places(e *entry) ([]string, error) {
-	places := append(s.rootfsPlaces(e.Rootfs), blobPlace(e.ID), blobPlace(e.Manifest))
-	m, err := s.manifest(e)
-	if err != nil {
-		return places, err
+	places, err := s.rootfsPlaces(e.Rootfs)
+	places = append(places, blobPlace(e.ID), blobPlace(e.Manifest))
+	m, merr := s.manifest(e)
+	if merr == nil {
+		for _, l := range m.Layers {
+			places = append(places, blobPlace(l.Digest.String()))
+		}
 	}
-	for _, l := range m.Layers {
-		places = append(places, blobPlace(l.Digest.String()))
-	}
-	return places, nil
+	return places, errors.Join(err, merr)
 }
 
-// rootfsPlaces are the files of a root file system. Of one that is damaged it is what bears its id: no box starts from it, and a load makes
-// what is missing.
-func (s *Store) rootfsPlaces(id string) []string {
+// rootfsPlaces are the files of a root file system. They come with an error when the list of them cannot be read.
+func (s *Store) rootfsPlaces(id string) ([]string, error) {
 	head, err := s.readHead(id)
-	if err != nil {
-		head = rootfsHead{}
-	}
-	return head.places(id)
+	return head.places(id), err
 }
 
 // collect deletes the files that no image of the index refers to and no box needs. The caller holds the lock, so no load is
@@ -203,21 +199,20 @@ func (s *Store) rootfsPlaces(id string) []string {
 func (s *Store) collect(idx *index, needs Needs) (freed int64, err error) {
 	want := map[string]bool{}
 	unknown := map[string]bool{"rootfs": needs.Unknown} // directories in which anything may be needed
-	for _, id := range needs.Rootfs {
-		for _, place := range s.rootfsPlaces(id) {
-			want[place] = true
-		}
-	}
-	for i := range idx.Images {
-		e := &idx.Images[i]
-		places, err := s.places(e)
+	note := func(places []string, err error) {
 		for _, place := range places {
 			want[place] = true
 		}
 		if err != nil {
-			s.log.Warn("layers are kept, until the image is loaded again or removed", "reason", err)
-			unknown["blobs/sha256"] = true
+			s.log.Warn("what belongs to no image is kept, until this is loaded again or removed", "reason", err)
+			unknown["blobs/sha256"], unknown["rootfs"] = true, true
 		}
+	}
+	for _, id := range needs.Rootfs {
+		note(s.rootfsPlaces(id))
+	}
+	for i := range idx.Images {
+		note(s.places(&idx.Images[i]))
 	}
 	var errs []error
 	for _, d := range []string{"blobs/sha256", "rootfs"} {

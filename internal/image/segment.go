@@ -2,7 +2,10 @@ package image
 
 import (
 	"context"
+	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/coffer-box/coffer/internal/erofs"
@@ -32,11 +35,16 @@ type segment struct {
 	// restored are files of the segments below that this one must hold, too, since the number of their names changed; true: without
 	// their contents so far.
 	restored map[*erofs.Node]bool
+	// white is the mark of what is deleted, one file with as many names as it takes.
+	white *erofs.Node
 }
 
 // begin starts a segment over those that are there.
 func (t *tree) begin(w *erofs.Writer) {
-	t.segment = segment{w: w, first: t.layer + 1, below: t.below, hidden: map[*erofs.Node]map[string]*erofs.Node{}, restored: map[*erofs.Node]bool{}}
+	t.segment = segment{
+		w: w, first: t.layer + 1, below: t.below, white: &erofs.Node{Mode: erofs.TypeChar},
+		hidden: map[*erofs.Node]map[string]*erofs.Node{}, restored: map[*erofs.Node]bool{},
+	}
 }
 
 // put gives a name to a node, in place of what had it.
@@ -120,7 +128,11 @@ func bare(n *erofs.Node) *erofs.Node {
 // they have none. The result is nil when that is nothing. Depth is bounded by walk.
 func (t *tree) changes(ctx context.Context, n, low *erofs.Node) (*erofs.Node, error) {
 	out := bare(n)
-	for _, name := range sortedKeys(n.Children) {
+	names := slices.AppendSeq(make([]string, 0, len(n.Children)), maps.Keys(n.Children))
+	if len(t.restored) > 0 {
+		slices.Sort(names) // the order in which contents are written
+	}
+	for _, name := range names {
 		c := n.Children[name]
 		empty, again := t.restored[c]
 		switch {
@@ -156,7 +168,7 @@ func (t *tree) changes(ctx context.Context, n, low *erofs.Node) (*erofs.Node, er
 	}
 	t.eachUnder(low, func(name string) {
 		if n.Children[name] == nil {
-			out.Children[name] = whiteout()
+			out.Children[name] = t.white
 		}
 	})
 	if n == low && n.Tag < t.first && len(out.Children) == 0 {
@@ -179,8 +191,6 @@ func (t *tree) eachUnder(low *erofs.Node, fn func(name string)) {
 		fn(name)
 	}
 }
-
-func whiteout() *erofs.Node { return &erofs.Node{Mode: erofs.TypeChar} }
 
 func isWhiteout(n *erofs.Node) bool {
 	return n.Type() == erofs.TypeChar && n.Major == 0 && n.Minor == 0
@@ -209,15 +219,15 @@ func (t *tree) lay(n, seg *erofs.Node) error {
 	n.Mode, n.UID, n.GID, n.ModTime = seg.Mode, seg.UID, seg.GID, seg.ModTime
 	n.Tag, n.Below = t.layer, uint32(len(t.below))
 	for name, c := range seg.Children {
+		if isWhiteout(c) {
+			delete(n.Children, name)
+			continue
+		}
 		if t.entries++; t.entries > t.limits.Entries {
 			return ErrTooLarge
 		}
 		if err := t.meta.take(len(name) + len(c.Target)); err != nil {
 			return err
-		}
-		if isWhiteout(c) {
-			delete(n.Children, name)
-			continue
 		}
 		if c.IsDir() {
 			d := n.Children[name]
@@ -244,7 +254,7 @@ func (t *tree) resumeExtra(x Extra) error {
 			continue
 		}
 		if n = n.Children[part]; n == nil {
-			return nil // a device without a number is no file to any overlay
+			return fmt.Errorf("attributes of %q, which is not there", x.Path)
 		}
 	}
 	if len(x.Xattrs) == 0 {

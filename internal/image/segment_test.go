@@ -18,6 +18,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	writer "github.com/coffer-box/coffer/internal/erofs"
 )
@@ -88,7 +89,7 @@ func randomLayers(t testing.TB, rnd *rand.Rand) [][]byte {
 			case 7:
 				e.typ, e.link = tar.TypeLink, path()
 			case 8:
-				e.typ, e.maj, e.min = tar.TypeChar, 1, int64(rnd.Intn(9))
+				e.typ, e.maj, e.min = tar.TypeChar, int64(rnd.Intn(2)), int64(rnd.Intn(9)) // 0:0 among them
 				e.xattrs = map[string]string{"user.x": pick("1", "2")}
 			}
 			ents = append(ents, e)
@@ -496,4 +497,97 @@ func TestManySegments(t *testing.T) {
 		t.Errorf("%d segments", n)
 	}
 	checkRoot(t, s, img, layers...)
+}
+
+// A list of segments that cannot be read is no reason to take any away.
+func TestUnreadableSegments(t *testing.T) {
+	s := segmentStore(t)
+	loadLayers(t, s, "base:1", big(t, ent{name: "a", body: "1"}))
+	img, err := s.Commit(t.Context(), "base:1", bytes.NewReader(layerTar(t, ent{name: "b", body: "2"})), CommitOptions{Name: "c:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Remove(t.Context(), "base:1", nil); err != nil {
+		t.Fatal(err)
+	}
+	path := s.extraPath(img.RootfsID)
+	if err := errors.Join(os.Rename(path, path+".aside"), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Prune(t.Context(), false, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(path), os.Rename(path+".aside", path)); err != nil {
+		t.Fatal(err)
+	}
+	checkRoot(t, s, img, big(t, ent{name: "a", body: "1"}), layerTar(t, ent{name: "b", body: "2"}))
+}
+
+// A root that was made before there were segments is one file, with a list beside it.
+func TestRootOfOneFile(t *testing.T) {
+	s := newStore(t)
+	img := loadLayers(t, s, "a:1", layerTar(t, ent{name: "a", body: "1"}))
+	path := s.extraPath(img.RootfsID)
+	if err := os.WriteFile(path, []byte(`[{"path":"L2E=","xattrs":[{"Name":"user.k","Value":"dg=="}]}`+"\n]\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if segs := segmentsOf(t, s, img); len(segs) != 1 {
+		t.Errorf("%v", segs)
+	}
+	want := []Extra{{Path: []byte("/a"), Xattrs: []Xattr{{Name: "user.k", Value: []byte("v")}}}}
+	if got, err := allExtras(s, img); err != nil || cmp.Diff(want, got) != "" {
+		t.Errorf("%v, %v", got, err)
+	}
+	if err := os.Truncate(path, 30); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := allExtras(s, img); err == nil {
+		t.Error("a list that was cut is taken for whole")
+	}
+}
+
+// Images of one archive share as those of several do.
+func TestSegmentsOfOneLoad(t *testing.T) {
+	s := segmentStore(t)
+	base := big(t, ent{name: "a", body: "1"})
+	var list []testImage
+	for _, name := range []string{"1", "2"} {
+		top := layerTar(t, ent{name: name, body: name})
+		list = append(list, testImage{layers: [][]byte{base, top}, packed: [][]byte{base, top}, cmd: name})
+	}
+	st := stageOf(t, s)
+	for i, im := range list {
+		d := description{config: &v1.ConfigFile{RootFS: im.config().RootFS}}
+		b := newBuilder(st, Options{}, d.config.RootFS.DiffIDs, true)
+		defer b.close()
+		if b.known != i {
+			t.Errorf("image %d: %d layers are known", i, b.known)
+		}
+		for _, l := range im.layers {
+			if err := b.add(t.Context(), bytes.NewReader(l), layerSpec{plain: true}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := b.finish(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Attributes stand beside every segment, so they count for each.
+func TestExtrasCount(t *testing.T) {
+	var layers [][]byte
+	for i := range 10 {
+		ents := []ent{{name: fmt.Sprint("f", i), body: "x"}}
+		if i == 0 {
+			ents = append(ents, ent{name: "d", typ: tar.TypeDir, xattrs: map[string]string{"user.k": strings.Repeat("v", 60000)}})
+		}
+		layers = append(layers, big(t, ents...))
+	}
+	im := testImage{layers: layers, packed: layers}
+	for limit, want := range map[int64]error{1 << 20: ErrTooLarge, 4 << 20: nil} {
+		if _, err := segmentStore(t).Load(t.Context(), Source{Path: asDir(t, ociFiles(t, im, "a:1"))}, Options{Limits: Limits{Bytes: limit}}); !errors.Is(err, want) {
+			t.Errorf("limit of %d: %v", limit, err)
+		}
+	}
 }

@@ -174,7 +174,7 @@ func (st *stage) shareRootfs(id string) bool {
 	if !st.share(extraPlace(id)) {
 		return false
 	}
-	head, err := readHead(st.place(extraPlace(id)))
+	head, err := st.readHead(id)
 	if err != nil {
 		return false
 	}
@@ -184,6 +184,14 @@ func (st *stage) shareRootfs(id string) bool {
 		}
 	}
 	return true
+}
+
+// readHead reads that of a root file system which this load has made or shares, or else the store's.
+func (st *stage) readHead(id string) (rootfsHead, error) {
+	if path := st.place(extraPlace(id)); path != "" {
+		return readHead(path)
+	}
+	return st.s.readHead(id)
 }
 
 // place returns where the stage has what will be at a place in the store.

@@ -180,6 +180,11 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 			t.linked[place{dir, base}] = true
 		}
 		return nil
+	case isWhiteout(n):
+		// Overlays take such a device for the mark of a deleted file, so that is what it is.
+		t.leave(dir, base)
+		delete(dir.Children, base)
+		return nil
 	case n.IsDir() && old != nil && old.IsDir():
 		// A directory that is there already keeps what it holds and takes the new attributes.
 		n = old

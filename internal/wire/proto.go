@@ -38,7 +38,7 @@ type Extras struct {
 // own root is entered.
 type Setup struct {
 	Hostname string   `json:"hostname"`
-	Lower    []string `json:"lower,omitempty"` // the image: what is to be laid over each other, the lowest first; empty: "/lower"
+	Lower    []string `json:"lower,omitempty"` // the image: what is to be laid over each other, the lowest first
 	State    string   `json:"state,omitempty"` // holds upper and work, made when missing; empty: "/state"
 	ReadOnly bool     `json:"read_only,omitempty"`
 	// Volumes are mounted in the order of their targets' depth, so that one may lie in another.
