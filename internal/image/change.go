@@ -5,28 +5,30 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 	"unicode"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// NewConfig applies changes in the words of a Dockerfile, "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "LABEL", "STOPSIGNAL", "USER",
-// "VOLUME" and "WORKDIR", to a configuration. Values are read as Docker does, but variables in them are not replaced.
-func NewConfig(changes []string) (v1.Config, error) {
-	var c v1.Config
+// NewConfig applies changes in the words of a Dockerfile, "CMD", "ENTRYPOINT", "ENV", "EXPOSE", "HEALTHCHECK", "LABEL", "STOPSIGNAL",
+// "USER", "VOLUME" and "WORKDIR", to a configuration. Values are read as Docker does, but variables in them are not replaced.
+func NewConfig(changes []string) (Config, error) {
+	var c Config
 	for _, line := range changes {
 		if err := applyChange(&c, line); err != nil {
-			return v1.Config{}, fmt.Errorf("change %q: %w", line, err)
+			return Config{}, fmt.Errorf("change %q: %w", line, err)
 		}
 	}
 	return c, nil
 }
 
-var errChange = errors.New("not understood; give a word such as CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR and its value")
+var errChange = errors.New("not understood; give a word such as CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, STOPSIGNAL, USER, VOLUME or WORKDIR and its value")
 
 // applyChange applies one line.
-func applyChange(c *v1.Config, line string) (err error) {
+func applyChange(c *Config, line string) (err error) {
 	word, value := cutBlank(strings.TrimSpace(line))
 	if value == "" {
 		return errChange
@@ -50,6 +52,8 @@ func applyChange(c *v1.Config, line string) (err error) {
 		})
 	case "EXPOSE":
 		c.ExposedPorts = addKeys(c.ExposedPorts, strings.Fields(value))
+	case "HEALTHCHECK":
+		c.Healthcheck, err = healthcheck(value)
 	case "VOLUME":
 		list, ok, err := jsonList(value)
 		if err != nil {
@@ -69,6 +73,72 @@ func applyChange(c *v1.Config, line string) (err error) {
 		return errChange
 	}
 	return err
+}
+
+// MinHealthTime is the least that an interval, timeout or start period of a health check can be, other than 0.
+const MinHealthTime = time.Millisecond
+
+// healthcheck reads options and "CMD" with a command, or "NONE".
+func healthcheck(v string) (*Healthcheck, error) {
+	var h Healthcheck
+	word, rest := cutBlank(v)
+	for ; strings.HasPrefix(word, "--"); word, rest = cutBlank(rest) {
+		if err := healthOption(&h, word); err != nil {
+			return nil, err
+		}
+	}
+	switch strings.ToUpper(word) {
+	case "NONE":
+		if rest != "" {
+			return nil, errors.New("NONE takes nothing more")
+		}
+		return &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"NONE"}}}, nil
+	case "CMD":
+	default:
+		return nil, fmt.Errorf("%s is not understood; use HEALTHCHECK [OPTIONS] CMD and a command, or HEALTHCHECK NONE", quoteName(word))
+	}
+	list, ok, err := jsonList(rest)
+	switch {
+	case err != nil:
+		return nil, err
+	case ok && len(list) > 0:
+		h.Test = append([]string{"CMD"}, list...)
+	case !ok && rest != "":
+		h.Test = []string{"CMD-SHELL", rest}
+	default:
+		return nil, errors.New("a command is missing after CMD")
+	}
+	return &h, nil
+}
+
+// healthOption reads one --name=value.
+func healthOption(h *Healthcheck, option string) error {
+	name, val, _ := strings.Cut(strings.TrimPrefix(option, "--"), "=")
+	var d *time.Duration
+	switch name {
+	case "interval":
+		d = &h.Interval
+	case "timeout":
+		d = &h.Timeout
+	case "start-period":
+		d = &h.StartPeriod
+	case "start-interval":
+		d = &h.StartInterval
+	case "retries":
+		n, err := strconv.ParseInt(val, 10, 32)
+		if err != nil || n < 0 {
+			return fmt.Errorf("--retries=%s: use a number that is not negative", quoteName(val))
+		}
+		h.Retries = int(n)
+		return nil
+	default:
+		return fmt.Errorf("unknown option %s; use --interval=, --timeout=, --start-period=, --start-interval= or --retries=", quoteName(option))
+	}
+	var err error
+	if *d, err = time.ParseDuration(val); err != nil || *d != 0 && *d < MinHealthTime {
+		return fmt.Errorf("--%s=%s: use a duration such as 30s, of at least %v", name, quoteName(val), MinHealthTime)
+	}
+	return nil
 }
 
 // cutBlank cuts s around its first blanks.

@@ -3,6 +3,7 @@ package image
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -20,6 +21,7 @@ func TestNewConfig(t *testing.T) {
 	for _, tc := range []struct {
 		changes string // lines
 		want    v1.Config
+		health  *Healthcheck
 		err     string
 	}{
 		{changes: "ENV A=1", want: env("A=1")},
@@ -49,6 +51,26 @@ func TestNewConfig(t *testing.T) {
 		{changes: "VOLUME /a  /b", want: v1.Config{Volumes: map[string]struct{}{"/a": {}, "/b": {}}}},
 		{changes: "EXPOSE 80 443/tcp", want: v1.Config{ExposedPorts: map[string]struct{}{"80": {}, "443/tcp": {}}}},
 		{changes: "USER a:b\nWORKDIR /a b\nSTOPSIGNAL 9", want: v1.Config{User: "a:b", WorkingDir: "/a b", StopSignal: "9"}},
+		{changes: "HEALTHCHECK NONE", health: &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"NONE"}}}},
+		{changes: `HEALTHCHECK CMD ["a","b c"]`, health: &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"CMD", "a", "b c"}}}},
+		{
+			changes: "healthcheck --interval=1m30s --timeout=5s\t--start-period=2s --start-interval=1ms --retries=4 cmd curl  -f x || exit 1",
+			health: &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"CMD-SHELL", "curl  -f x || exit 1"}, Interval: 90 * time.Second,
+				Timeout: 5 * time.Second, StartPeriod: 2 * time.Second, Retries: 4}, StartInterval: time.Millisecond},
+		},
+		{changes: "HEALTHCHECK --interval=0 --retries=0 CMD x", health: &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"CMD-SHELL", "x"}}}},
+		{changes: "HEALTHCHECK CMD x\nHEALTHCHECK NONE", health: &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"NONE"}}}},
+		{changes: "HEALTHCHECK NONE x", err: "nothing more"},
+		{changes: "HEALTHCHECK CMD", err: "command is missing"},
+		{changes: "HEALTHCHECK CMD []", err: "command is missing"},
+		{changes: "HEALTHCHECK --interval=5s", err: "use HEALTHCHECK [OPTIONS] CMD"},
+		{changes: "HEALTHCHECK x", err: `"x" is not understood`},
+		{changes: "HEALTHCHECK --interval=1us CMD x", err: "at least 1ms"},
+		{changes: "HEALTHCHECK --timeout=-5s CMD x", err: "at least 1ms"},
+		{changes: "HEALTHCHECK --start-period=5 CMD x", err: "a duration such as 30s"},
+		{changes: "HEALTHCHECK --retries=-1 CMD x", err: "not negative"},
+		{changes: "HEALTHCHECK --retries CMD x", err: "not negative"},
+		{changes: "HEALTHCHECK --colour=red CMD x", err: "unknown option"},
 		{changes: "RUN x", err: "not understood"},
 		{changes: "CMD", err: "not understood"},
 		{changes: "", err: "not understood"},
@@ -57,7 +79,7 @@ func TestNewConfig(t *testing.T) {
 		if (err != nil) != (tc.err != "") || err != nil && !strings.Contains(err.Error(), tc.err) {
 			t.Errorf("%q: error %v, want %q", tc.changes, err, tc.err)
 		}
-		if diff := cmp.Diff(tc.want, got); diff != "" {
+		if diff := cmp.Diff(Config{Config: tc.want, Healthcheck: tc.health}, got); diff != "" {
 			t.Errorf("%q (-want +got):\n%s", tc.changes, diff)
 		}
 	}
@@ -65,6 +87,7 @@ func TestNewConfig(t *testing.T) {
 
 func FuzzChange(f *testing.F) {
 	f.Add(`ENV A="x y" B='z' C=\`)
+	f.Add(`HEALTHCHECK --interval=5s --retries=2 CMD ["a"]`)
 	f.Fuzz(func(t *testing.T, line string) {
 		c, err := NewConfig([]string{line})
 		if err != nil {
@@ -74,6 +97,9 @@ func FuzzChange(f *testing.F) {
 			if name, _, ok := strings.Cut(kv, "="); !ok || name == "" {
 				t.Errorf("%q gives %q", line, c.Env)
 			}
+		}
+		if h := c.Healthcheck; h != nil && (len(h.Test) == 0 || h.Retries < 0 || min(h.Interval, h.Timeout, h.StartPeriod, h.StartInterval) < 0) {
+			t.Errorf("%q gives %+v", line, h)
 		}
 	})
 }

@@ -143,9 +143,9 @@ func readDocker(c container, m dockerManifest) (description, error) {
 
 // configFile is a configuration in which a command may be a plain string, as some builders write it.
 type configFile struct {
-	v1.ConfigFile
+	ConfigFile
 	Config struct {
-		v1.Config
+		Config
 		Cmd, Entrypoint stringList
 	} `json:"config"`
 }
@@ -162,10 +162,10 @@ func (l *stringList) UnmarshalJSON(b []byte) error {
 }
 
 // decodeConfig reads an image's configuration.
-func decodeConfig(b []byte) (v1.ConfigFile, error) {
+func decodeConfig(b []byte) (ConfigFile, error) {
 	var c configFile
 	if err := json.Unmarshal(b, &c); err != nil {
-		return v1.ConfigFile{}, err
+		return ConfigFile{}, err
 	}
 	conf := c.ConfigFile
 	conf.Config = c.Config.Config
@@ -174,7 +174,7 @@ func decodeConfig(b []byte) (v1.ConfigFile, error) {
 }
 
 // parseConfig reads and checks an image's configuration.
-func parseConfig(b []byte) (*v1.ConfigFile, error) {
+func parseConfig(b []byte) (*ConfigFile, error) {
 	conf, err := decodeConfig(b)
 	if err != nil {
 		return nil, fmt.Errorf("configuration: %w: %w", ErrFormat, err)

@@ -74,17 +74,35 @@ func (e *InUseError) Error() string {
 
 // Image is one image of the store.
 type Image struct {
-	ID       string        `json:"id"`                // digest of the configuration, "sha256:…"
-	Names    []string      `json:"names"`             // in the short form, with tags, sorted; empty for an image that lost its name
-	Digests  []string      `json:"digests,omitempty"` // in the short form: what registries gave it as, "debian@sha256:…"
-	Created  time.Time     `json:"created"`
-	Size     int64         `json:"size"` // bytes of the root file system
-	Config   v1.ConfigFile `json:"config"`
-	Manifest string        `json:"manifest"` // digest of the manifest
-	RootfsID string        `json:"rootfs_id"`
-	Layers   int           `json:"layers"`
+	ID       string     `json:"id"`                // digest of the configuration, "sha256:…"
+	Names    []string   `json:"names"`             // in the short form, with tags, sorted; empty for an image that lost its name
+	Digests  []string   `json:"digests,omitempty"` // in the short form: what registries gave it as, "debian@sha256:…"
+	Created  time.Time  `json:"created"`
+	Size     int64      `json:"size"` // bytes of the root file system
+	Config   ConfigFile `json:"config"`
+	Manifest string     `json:"manifest"` // digest of the manifest
+	RootfsID string     `json:"rootfs_id"`
+	Layers   int        `json:"layers"`
 	// Damaged says what is missing of an image that no box can be made from. It can be loaded again, and removed.
 	Damaged string `json:"damaged,omitempty"`
+}
+
+// ConfigFile is an image's configuration.
+type ConfigFile struct {
+	v1.ConfigFile
+	Config Config `json:"config"`
+}
+
+// Config is what an image says about the boxes that are made from it.
+type Config struct {
+	v1.Config
+	Healthcheck *Healthcheck `json:"Healthcheck,omitempty"`
+}
+
+// Healthcheck is how an image wants to be checked, with what v1 does not know of it.
+type Healthcheck struct {
+	v1.HealthConfig
+	StartInterval time.Duration `json:",omitempty"`
 }
 
 // ShortID returns the first 12 digits of an id, as shown to people.

@@ -54,11 +54,13 @@ func (s *Store) importRootfs(ctx context.Context, src Source, ref string, opts O
 			return Image{}, fmt.Errorf("%w of a root file system: it is an archive of images, which load takes", ErrFormat)
 		}
 	}
-	return st.commitBuilt(ctx, b, entry{Names: names, Created: created, Source: source}, v1.ConfigFile{
-		Architecture: runtime.GOARCH,
-		OS:           "linux",
-		Config:       opts.Config,
-		History:      []v1.History{{Created: v1.Time{Time: created}, CreatedBy: "coffer import", Comment: opts.Comment}},
+	return st.commitBuilt(ctx, b, entry{Names: names, Created: created, Source: source}, ConfigFile{
+		ConfigFile: v1.ConfigFile{
+			Architecture: runtime.GOARCH,
+			OS:           "linux",
+			History:      []v1.History{{Created: v1.Time{Time: created}, CreatedBy: "coffer import", Comment: opts.Comment}},
+		},
+		Config: opts.Config,
 	})
 }
 
@@ -108,10 +110,10 @@ func (s *Store) EnsureBase(ctx context.Context, digest string, open func() (io.R
 	}
 	defer r.Close()
 	img, err := s.importRootfs(ctx, Source{Reader: r}, BaseName, Options{
-		Config: v1.Config{
+		Config: Config{Config: v1.Config{
 			Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 			Cmd: []string{"/bin/sh"},
-		},
+		}},
 		Comment: "the image that comes with Coffer",
 	}, time.Unix(0, 0).UTC(), digest)
 	if err != nil {

@@ -34,7 +34,7 @@ func (src Source) String() string {
 type Options struct {
 	Limits Limits
 	// Config is what an imported image runs by default. Not for Load.
-	Config v1.Config
+	Config Config
 	// Comment goes into the history of an imported image. Not for Load.
 	Comment string
 }
@@ -50,7 +50,7 @@ type found struct {
 type description struct {
 	manifest *v1.Manifest // nil: to be made
 	rawMan   []byte
-	config   *v1.ConfigFile
+	config   *ConfigFile
 	rawConf  []byte
 	layers   []string // names in the source
 }
@@ -171,7 +171,7 @@ func (s *Store) loadOne(ctx context.Context, st *stage, src layerSource, im desc
 }
 
 // commitBuilt stages what describes an image that was built here, and commits it. The entry lacks what follows from the rest.
-func (st *stage) commitBuilt(ctx context.Context, b *builder, e entry, conf v1.ConfigFile) (Image, error) {
+func (st *stage) commitBuilt(ctx context.Context, b *builder, e entry, conf ConfigFile) (Image, error) {
 	e.Rootfs, e.Layers = rootfsID(b.diffs), len(b.diffs)
 	var err error
 	if e.Size, err = b.finish(ctx); err != nil {

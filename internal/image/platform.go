@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
-
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
 // Platform is what an image's programs run on.
@@ -57,7 +55,7 @@ func (p Platform) Fits(other Platform) bool {
 }
 
 // Check refuses an image whose programs do not run on p.
-func (p Platform) Check(c *v1.ConfigFile) error {
+func (p Platform) Check(c *ConfigFile) error {
 	if p.Fits(Platform{c.OS, c.Architecture, c.Variant}) {
 		return nil
 	}

@@ -562,7 +562,7 @@ func TestImport(t *testing.T) {
 			if diff := cmp.Diff([]string{"mine:latest"}, img.Names); diff != "" {
 				t.Error(diff)
 			}
-			if diff := cmp.Diff(v1.Config{Cmd: []string{"/bin/sh", "-l"}, Env: []string{"A=1"}, WorkingDir: "/x", Labels: map[string]string{"k": "v w"}}, img.Config.Config); diff != "" {
+			if diff := cmp.Diff(v1.Config{Cmd: []string{"/bin/sh", "-l"}, Env: []string{"A=1"}, WorkingDir: "/x", Labels: map[string]string{"k": "v w"}}, img.Config.Config.Config); diff != "" {
 				t.Error(diff)
 			}
 			files := readGvisor(t, rootfsOf(t, s, img))
@@ -836,7 +836,8 @@ func TestDamagedIndex(t *testing.T) {
 func TestPlainCommands(t *testing.T) {
 	im := sampleImage(t, "x")
 	files := dockerFiles(t, map[string]testImage{"x:1": im})
-	conf := bytes.Replace(toJSON(t, im.config()), []byte(`"Cmd":["x"]`), []byte(`"Cmd":"a \u00e9","Entrypoint":"/bin/x","Env":["A=1"],"StopSignal":"SIGRTMIN+3"`), 1)
+	conf := bytes.Replace(toJSON(t, im.config()), []byte(`"Cmd":["x"]`), []byte(`"Cmd":"a \u00e9","Entrypoint":"/bin/x","Env":["A=1"],"StopSignal":"SIGRTMIN+3",`+
+		`"Healthcheck":{"Test":["CMD","x"],"Interval":2000000,"StartInterval":1000000}`), 1)
 	delete(files, hashBytes(toJSON(t, im.config())).Hex+".json")
 	files["config.json"] = conf
 	var list []dockerManifest
@@ -851,8 +852,18 @@ func TestPlainCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := v1.Config{Cmd: []string{"a é"}, Entrypoint: []string{"/bin/x"}, Env: []string{"A=1"}, StopSignal: "SIGRTMIN+3"}
-	if diff := cmp.Diff(want, imgs[0].Config.Config); diff != "" {
+	if diff := cmp.Diff(want, imgs[0].Config.Config.Config); diff != "" {
 		t.Error(diff)
+	}
+	made, err := s.Commit(t.Context(), imgs[0].ID, bytes.NewReader(im.layers[0]), CommitOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"CMD", "x"}, Interval: 2 * time.Millisecond}, StartInterval: time.Millisecond}
+	for _, img := range []Image{imgs[0], made} {
+		if diff := cmp.Diff(check, img.Config.Config.Healthcheck); diff != "" {
+			t.Error(diff)
+		}
 	}
 	if diff := cmp.Diff(im.config().RootFS, imgs[0].Config.RootFS); diff != "" {
 		t.Error(diff)
