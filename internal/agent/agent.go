@@ -56,6 +56,8 @@ type Agent struct {
 	quit       chan struct{}
 	quitOnce   sync.Once
 	work       sync.WaitGroup
+
+	checking sync.Mutex // held while a health check runs
 }
 
 // outputGrace is how long the output of an ended process may stay open in other hands before it is no longer followed. What the
@@ -190,6 +192,8 @@ func (a *Agent) serve(ctx context.Context, h wire.Header, s *wire.Stream) {
 	switch h.Op {
 	case wire.OpExec:
 		a.exec(ctx, h, s)
+	case wire.OpCheck:
+		a.check(h, s)
 	case wire.OpSignal:
 		var req wire.SignalRequest
 		err := decode(h, &req)

@@ -42,7 +42,7 @@ func (a *Agent) exec(ctx context.Context, h wire.Header, s *wire.Stream) {
 		att.Fail(derr)
 		return
 	}
-	p, err := a.start(req, att)
+	p, err := a.start(req, wanted{in: att.Stdin != nil, out: att.Stdout != nil, err: att.Stderr != nil})
 	if err != nil {
 		att.Fail(err)
 		return
@@ -59,16 +59,16 @@ func (a *Agent) exec(ctx context.Context, h wire.Header, s *wire.Stream) {
 }
 
 // start forks under the gate that the end of the box closes, so that nothing is started behind its back.
-func (a *Agent) start(req wire.ExecRequest, att *wire.Attachment) (*proc, error) {
+func (a *Agent) start(req wire.ExecRequest, w wanted) (*proc, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.stopping {
-		return nil, wire.Errorf(wire.CodeStopping, "box is stopping")
+		return nil, errStopping()
 	}
 	if req.Main && a.main != nil {
 		return nil, wire.Errorf(wire.CodeInvalid, "box has a main process already")
 	}
-	p, err := a.spawn(req.Process, req.Main, att)
+	p, err := a.spawn(req.Process, req.Main, w)
 	if err != nil {
 		return nil, err
 	}
@@ -77,6 +77,8 @@ func (a *Agent) start(req wire.ExecRequest, att *wire.Attachment) (*proc, error)
 	}
 	return p, nil
 }
+
+func errStopping() error { return wire.Errorf(wire.CodeStopping, "box is stopping") }
 
 func (a *Agent) follow(ctx context.Context, req wire.ExecRequest, att *wire.Attachment, p *proc) wire.ExitStatus {
 	keep := req.Detach || req.Main

@@ -19,8 +19,14 @@ import (
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+// wanted says which streams of a process are connected; the others are /dev/null.
+type wanted struct {
+	in, out, err bool
+	joined       bool // what goes to err comes on out
+}
+
 // spawn starts a process as p describes, main being the box's main process. The caller holds the agent's lock.
-func (a *Agent) spawn(p spec.Process, main bool, att *wire.Attachment) (*proc, error) {
+func (a *Agent) spawn(p spec.Process, main bool, w wanted) (*proc, error) {
 	if len(p.Args) == 0 || p.Args[0] == "" {
 		return nil, wire.Errorf(wire.CodeInvalid, "no command given")
 	}
@@ -46,9 +52,9 @@ func (a *Agent) spawn(p spec.Process, main bool, att *wire.Attachment) (*proc, e
 	var files stdio
 	defer files.closeChild()
 	if p.TTY {
-		err = files.terminal(pr, p.WinSize, id, att.Stdin != nil)
+		err = files.terminal(pr, p.WinSize, id, w.in)
 	} else {
-		err = files.pipes(pr, id, att)
+		err = files.pipes(pr, id, w)
 	}
 	if err != nil {
 		files.closeOurs(pr)
@@ -229,11 +235,14 @@ func (s *stdio) closeOurs(p *proc) {
 	}
 }
 
-// pipes connects the three streams the client asked for; the others are /dev/null.
-func (s *stdio) pipes(p *proc, id identity, att *wire.Attachment) error {
-	wanted := [3]bool{att.Stdin != nil, att.Stdout != nil, att.Stderr != nil}
+// pipes connects the streams that are wanted.
+func (s *stdio) pipes(p *proc, id identity, w wanted) error {
 	ours := [3]**os.File{&p.stdin, &p.stdout, &p.stderr}
-	for i, want := range wanted {
+	for i, want := range [3]bool{w.in, w.out, w.err} {
+		if i == 2 && w.joined {
+			s.child[i] = s.child[1]
+			continue
+		}
 		if !want {
 			fd, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
 			if err != nil {

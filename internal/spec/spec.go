@@ -23,6 +23,7 @@ type Box struct {
 	Remove      bool              `json:"remove,omitempty"`
 	Restart     Restart           `json:"restart"`
 	Timeout     time.Duration     `json:"timeout,omitempty"` // whole run of one generation; 0: none
+	Health      *Health           `json:"health,omitempty"`  // nil: not checked
 	OpenStdin   bool              `json:"open_stdin,omitempty"`
 	LogMaxBytes int64             `json:"log_max_bytes,omitempty"` // per log file; 0: the default
 	LogFiles    int               `json:"log_files,omitempty"`     // kept files; 0: the default
@@ -39,6 +40,16 @@ type Process struct {
 	WinSize WinSize  `json:"win_size,omitzero"`
 	// Timeout ends the process, and every process of its session, after this time; 0: never.
 	Timeout time.Duration `json:"timeout,omitempty"`
+}
+
+// Health is how a box is found to be healthy: a command that is run in it again and again, and must exit with 0.
+type Health struct {
+	Args          []string      `json:"args"`
+	Interval      time.Duration `json:"interval"`       // from the end of a check to the next
+	Timeout       time.Duration `json:"timeout"`        // of one check
+	StartPeriod   time.Duration `json:"start_period"`   // what fails in it, before a first success, does not count
+	StartInterval time.Duration `json:"start_interval"` // instead of Interval, in that time
+	Retries       int           `json:"retries"`        // so many failures in a row make a box unhealthy
 }
 
 // WinSize is a terminal's size in characters.

@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
+
+	"github.com/coffer-box/coffer/internal/spec"
 )
 
 // Client is the host's view of an agent, over a session that leads straight to it or through a shim.
@@ -50,7 +53,7 @@ func (c *Client) Call(ctx context.Context, op string, in, out any) error {
 		return err
 	}
 	defer done()
-	return readReply(ctx, op, s, out)
+	return readReply(ctx, op, s, out, MaxReply)
 }
 
 // open opens a stream that ends with ctx.
@@ -74,9 +77,9 @@ func (c *Client) open(ctx context.Context, op string, in any) (*Stream, func(), 
 	return s, func() { stop(); s.Close() }, nil
 }
 
-func readReply(ctx context.Context, op string, s *Stream, out any) error {
+func readReply(ctx context.Context, op string, s *Stream, out any, most int) error {
 	var r reply
-	if err := ReadMsg(s, &r, MaxReply); err != nil {
+	if err := ReadMsg(s, &r, most); err != nil {
 		return lost(ctx, op, err)
 	}
 	if r.Error != nil {
@@ -120,6 +123,23 @@ func (c *Client) Ping(ctx context.Context) (Info, error) {
 	var info Info
 	err := c.Call(ctx, OpPing, nil, &info)
 	return info, err
+}
+
+// Check runs a health check. The end of ctx ends it in the box, too.
+func (c *Client) Check(ctx context.Context, p spec.Process) (CheckReply, error) {
+	var out CheckReply
+	s, done, err := c.open(ctx, OpCheck, CheckRequest{Process: p})
+	if err != nil {
+		return out, err
+	}
+	defer done()
+	if err := readReply(ctx, OpCheck, s, &out, MaxMessage); err != nil {
+		return CheckReply{}, err
+	}
+	if len(out.Output) > MaxCheckOutput {
+		out.Output, out.Cut = slices.Clone(out.Output[:MaxCheckOutput]), true // the rest is let go
+	}
+	return out, nil
 }
 
 // Signal sends a signal to the main process.
@@ -189,7 +209,7 @@ func (c *Client) TarIn(ctx context.Context, path string, r io.Reader, opt TarInO
 	result := make(chan error, 1)
 	go func() {
 		// The agent may give up in the middle: its answer is then the reason, and unblocks the copy.
-		result <- readReply(ctx, OpTarIn, s, nil)
+		result <- readReply(ctx, OpTarIn, s, nil, MaxReply)
 		s.SetWriteDeadline(time.Unix(1, 0))
 	}()
 	cw := NewChunkWriter(s)

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/coffer-box/coffer/internal/spec"
 )
 
 func FuzzHeader(f *testing.F) {
@@ -42,6 +44,7 @@ func FuzzSession(f *testing.F) {
 	f.Add([]byte("\x00\x01\x00\x02\x00\x00\x00\x01\x00\x00\x00\x00"), true)
 	f.Add([]byte("\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00\x06\x00\x00\x00\x02{}"), true)
 	f.Add([]byte("\x00\x01\x00\x01\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x0e\x00\x00\x00\x0a{\"op\":\"x\"}"), false)
+	f.Add([]byte("\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00\x28\x00\x00\x00\x24{\"body\":{\"exit\":{},\"output\":\"QUFB\"}}"), true)
 	f.Add([]byte("\x00\x03\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), true)
 	f.Fuzz(func(t *testing.T, data []byte, host bool) {
 		a, b := sockets(t)
@@ -52,6 +55,13 @@ func FuzzSession(f *testing.F) {
 				t.Fatal(err)
 			}
 			c := NewClientOf(s)
+			checked := make(chan struct{})
+			go func() {
+				defer close(checked)
+				if r, err := c.Check(t.Context(), spec.Process{}); err == nil && len(r.Output) > MaxCheckOutput {
+					t.Errorf("%d bytes of a check's output", len(r.Output))
+				}
+			}()
 			started := make(chan struct{})
 			go func() {
 				defer close(started)
@@ -63,6 +73,7 @@ func FuzzSession(f *testing.F) {
 			b.Write(data)
 			b.Close()
 			end(t, started)
+			end(t, checked)
 			s.Close()
 			return
 		}

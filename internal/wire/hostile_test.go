@@ -12,6 +12,8 @@ import (
 
 	"github.com/hashicorp/yamux"
 	"golang.org/x/sys/unix"
+
+	"github.com/coffer-box/coffer/internal/spec"
 )
 
 // hostilePair is a client's session and the connection of its peer.
@@ -88,6 +90,25 @@ func TestStreamsThatPeerKeeps(t *testing.T) {
 	<-s.Done()
 	if err := c.Call(t.Context(), OpPing, nil, nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("after the session's end: %v", err)
+	}
+}
+
+// TestCheckOfAHostilePeer: what a box says of a check is held only as far as it may be shown.
+func TestCheckOfAHostilePeer(t *testing.T) {
+	client, server := pair(t)
+	for _, tc := range []struct {
+		size, kept int
+		want       error
+	}{{100, 100, nil}, {MaxCheckOutput, MaxCheckOutput, nil}, {100 << 10, MaxCheckOutput, nil}, {MaxMessage, 0, ErrTooLarge}} {
+		go func() {
+			if _, s, err := server.Accept(t.Context()); err == nil {
+				_ = Reply(s, CheckReply{Output: make([]byte, tc.size)}, nil)
+			}
+		}()
+		got, err := NewClientOf(client).Check(t.Context(), spec.Process{})
+		if !errors.Is(err, tc.want) || len(got.Output) != tc.kept || got.Cut != (tc.kept < tc.size && err == nil) {
+			t.Errorf("%d bytes: kept %d, cut %v, %v", tc.size, len(got.Output), got.Cut, err)
+		}
 	}
 }
 

@@ -15,6 +15,7 @@ const (
 	OpConfigure = "configure"
 	OpPing      = "ping"
 	OpExec      = "exec"
+	OpCheck     = "check"
 	OpSignal    = "signal"
 	OpProcesses = "processes"
 	OpStats     = "stats"
@@ -112,6 +113,22 @@ type ExitStatus struct {
 	MaxRSS int64         `json:"max_rss,omitempty"` // bytes
 	// Truncated output was still open in the hands of what the process left behind, and is no longer followed.
 	Truncated bool `json:"truncated,omitempty"`
+}
+
+// CheckRequest runs one health check, to its end or its timeout. There is one at a time, and it ends with the stream that asked for it.
+type CheckRequest struct {
+	Process spec.Process `json:"process"` // without a terminal
+}
+
+// MaxCheckOutput is what is kept of a check's output.
+const MaxCheckOutput = 4 << 10
+
+// CheckReply is how a check ended.
+type CheckReply struct {
+	Exit ExitStatus `json:"exit"`
+	// Output is the beginning of both its outputs. [Client.Check] sees to it that it is at most MaxCheckOutput bytes.
+	Output []byte `json:"output,omitempty"`
+	Cut    bool   `json:"cut,omitempty"` // there was more
 }
 
 // Event is what a client sends on a control stream.

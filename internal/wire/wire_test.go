@@ -149,7 +149,7 @@ func TestStuckReader(t *testing.T) {
 		}
 		Reply(other, "hello", nil)
 		var got string
-		if err := readReply(t.Context(), "other", s, &got); err != nil || got != "hello" {
+		if err := readReply(t.Context(), "other", s, &got, MaxReply); err != nil || got != "hello" {
 			t.Fatal(got, err)
 		}
 		s.Close()
