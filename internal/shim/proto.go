@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coffer-box/coffer/internal/spec"
+	"github.com/coffer-box/coffer/internal/state"
 	"github.com/coffer-box/coffer/internal/supervise"
 )
 
@@ -17,6 +18,7 @@ import (
 const (
 	OpAttach = "shim.attach" // an attachment to the main process; body AttachRequest
 	OpStop   = "shim.stop"   // a call; body StopRequest
+	OpHealth = "shim.health" // a call without a body; answered by Health
 )
 
 // AttachRequest connects a client to the main process.
@@ -37,6 +39,23 @@ const MaxStop = 365 * 24 * time.Hour
 type StopRequest struct {
 	Timeout int64 `json:"timeout"`          // nanoseconds; negative: the box's own
 	Resume  bool  `json:"resume,omitempty"` // for a command that was killed: nothing is done if the stop is under way
+}
+
+// Health is what a box's health checks have shown since its start.
+type Health struct {
+	Status        state.Health `json:"status"`         // starting, healthy, unhealthy
+	FailingStreak int          `json:"failing_streak"` // failures since the last success, those of the start period not counted
+	// Log has the last five results, the oldest first.
+	Log []HealthResult `json:"log,omitempty"`
+}
+
+// HealthResult is how one check ended.
+type HealthResult struct {
+	Start    time.Time `json:"start"`
+	End      time.Time `json:"end"`
+	ExitCode int       `json:"exit_code"` // 0: healthy; -1: it had no end in its time, or could not be run
+	// Output is the beginning of what it wrote to both outputs, at most 4096 bytes, or why there is no exit code.
+	Output string `json:"output"`
 }
 
 // Args of a shim's command line after [supervise.ShimArg].

@@ -24,16 +24,18 @@ type running struct {
 	hub      *hub
 	listener net.Listener
 
-	stdin *io.PipeWriter // nil: the main process has no input
+	stdin  *io.PipeWriter // nil: the main process has no input
+	health *health        // nil: it is not checked
 
-	mu     sync.Mutex
-	reason string // why the end was asked for
-	starts chan startRequest
-	main   *wire.Process
-	begun  chan struct{} // closed when the main process runs
-	ended  chan struct{} // closed when it has ended and status is set
-	status wire.ExitStatus
-	lost   error // no status could be had
+	mu       sync.Mutex
+	reason   string        // why the end was asked for
+	stopping chan struct{} // closed when it was
+	starts   chan startRequest
+	main     *wire.Process
+	begun    chan struct{} // closed when the main process runs
+	ended    chan struct{} // closed when it has ended and status is set
+	status   wire.ExitStatus
+	lost     error // no status could be had
 }
 
 // startRequest is a client's wish to start the main process.
@@ -45,6 +47,7 @@ type startRequest struct {
 func (r *running) open() {
 	r.starts = make(chan startRequest)
 	r.begun = make(chan struct{})
+	r.stopping = make(chan struct{})
 	go r.serve()
 }
 
@@ -115,6 +118,10 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 		<-r.jail.Done()
 		r.hub.die()
 	}()
+	var checks sync.WaitGroup
+	if r.health != nil {
+		checks.Go(func() { r.watchHealth(ctx) })
+	}
 	st, err := r.main.Wait(ctx)
 	r.hub.end()
 	r.status, r.lost = st, err
@@ -124,6 +131,7 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 	}
 	// The agent has written everything out before it told the end of the main process.
 	r.kill()
+	checks.Wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	end := lifecycle.End{Code: st.Code, Reason: lifecycle.ReasonExited}
@@ -139,6 +147,21 @@ func (r *running) wait(ctx context.Context) lifecycle.End {
 	return end
 }
 
+// watchHealth has the box checked until it is to stop or its main process has ended.
+func (r *running) watchHealth(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-r.stopping:
+		case <-r.main.Ended():
+		case <-ctx.Done():
+		}
+		cancel()
+	}()
+	r.health.watch(ctx)
+}
+
 // codeTimeout is what timeout(1) exits with.
 const codeTimeout = 124
 
@@ -150,6 +173,7 @@ func (r *running) stop(reason string, timeout time.Duration) {
 	r.mu.Lock()
 	if r.reason == "" {
 		r.reason = reason
+		close(r.stopping)
 	}
 	r.mu.Unlock()
 	// A very long wish must not become one that is over already.

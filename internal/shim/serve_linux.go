@@ -66,6 +66,12 @@ func (r *running) client(c net.Conn) {
 			if err == nil {
 				go r.stopFor(req)
 			}
+		case h.Op == OpHealth:
+			if r.health == nil {
+				_ = wire.Reply(st, nil, wire.Errorf(wire.CodeInvalid, "box has no health check"))
+				continue
+			}
+			_ = wire.Reply(st, r.health.report(), nil)
 		default:
 			wg.Go(func() {
 				up, err := r.agent.Session().Open(ctx, h)

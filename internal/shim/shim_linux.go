@@ -363,6 +363,9 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if s.box.Spec.Health != nil {
+		r.health = s.newHealth(r.agent)
+	}
 	r.hub = newHub(s.log, log, s.files.Log())
 	s.hub = r.hub
 	if r.listener, err = s.listen(ctx); err != nil {
@@ -383,6 +386,10 @@ func (s *shim) start(ctx context.Context) (_ *running, err error) {
 	}
 	if err := s.record(ctx, func(b *state.Box) {
 		b.Phase, b.StartedAt, b.FinishedAt, b.Error = state.Running, time.Now().UTC().Round(0), time.Time{}, ""
+		b.Health = ""
+		if r.health != nil {
+			b.Health = state.HealthStarting
+		}
 	}); err != nil {
 		return nil, err
 	}

@@ -67,6 +67,16 @@ var next = map[Phase][]Phase{
 // Live tells whether processes of the box may exist in this phase.
 func (p Phase) Live() bool { return p == Starting || p == Running || p == Paused || p == Stopping }
 
+// Health is what its health checks say of a box that runs.
+type Health string
+
+// Health of a box. A box without checks has none.
+const (
+	HealthStarting Health = "starting" // no check has succeeded yet, nor enough of them failed
+	Healthy        Health = "healthy"
+	Unhealthy      Health = "unhealthy"
+)
+
 // TransitionError says that a box cannot go from one phase to another.
 type TransitionError struct {
 	Name     string
@@ -91,6 +101,7 @@ type Box struct {
 	Reason        string // why the last generation ended
 	OOMKilled     bool
 	Error         string // what failed, for Failed
+	Health        Health // of no meaning unless it is Running
 	RestartCount  int
 	Damaged       bool            // the record could not be read whole: the box can be ended and removed, and not started
 	RemoveVolumes bool            // the anonymous volumes go too; for Removing
