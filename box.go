@@ -45,7 +45,8 @@ type Info struct {
 	Image        string            `json:"image"`
 	ImageID      string            `json:"image_id"`
 	Engine       string            `json:"engine"`
-	Status       string            `json:"status"` // creating, created, starting, running, stopping, stopped, restarting, removing, failed
+	Status       string            `json:"status"`           // creating, created, starting, running, stopping, stopped, restarting, removing, failed
+	Health       *Health           `json:"health,omitempty"` // nil: not checked, or not running; in a list it is the status alone
 	Command      []string          `json:"command"`
 	Env          []string          `json:"env,omitempty"`
 	Dir          string            `json:"dir"`
@@ -68,6 +69,7 @@ type Info struct {
 	StopSignal   string            `json:"stop_signal"`
 	StopTimeout  time.Duration     `json:"stop_timeout"`
 	Timeout      time.Duration     `json:"timeout,omitempty"`
+	HealthCheck  *spec.Health      `json:"health_check,omitempty"` // how it is checked; nil: not at all
 	Resources    spec.Resources    `json:"resources"`
 	ReadOnly     bool              `json:"read_only"`
 	Tmpfs        []Tmpfs           `json:"tmpfs,omitempty"`
@@ -92,7 +94,7 @@ func (r *Runtime) info(b *state.Box) Info {
 		Created: b.CreatedAt, Started: b.StartedAt, Finished: b.FinishedAt, ExitCode: b.ExitCode, Reason: b.Reason, OOMKilled: b.OOMKilled,
 		Error: b.Error, Generation: b.Generation, RestartCount: b.RestartCount, Restart: s.Restart, Remove: s.Remove,
 		StopSignal: signals.Name(s.StopSignal), StopTimeout: s.StopTimeout, Timeout: s.Timeout, Resources: s.Resources, ReadOnly: s.ReadOnly,
-		Tmpfs: s.Tmpfs, Volumes: s.Volumes, StateDir: files.State(), ShimLog: files.ShimLog(),
+		Tmpfs: s.Tmpfs, Volumes: s.Volumes, Health: recordedHealth(b), HealthCheck: s.Health, StateDir: files.State(), ShimLog: files.ShimLog(),
 	}
 	if lifecycle.WantsRestart(b) {
 		i.Status = restarting
@@ -157,7 +159,9 @@ func (b *Box) Info(ctx context.Context) (Info, error) {
 	if rec == nil {
 		return Info{}, fmt.Errorf("%w: %s", ErrNotFound, b.name)
 	}
-	return b.rt.info(rec), nil
+	i := b.rt.info(rec)
+	i.Health = b.healthOf(ctx, rec)
+	return i, nil
 }
 
 // refresh reconciles a record that may be out of date, if nobody else is working on that box right now.

@@ -56,6 +56,7 @@ type Spec struct {
 	Remove      bool           // the box is removed when its main process has ended
 	Restart     Restart
 	Timeout     time.Duration // the main process is stopped after this time; 0: never
+	Health      *HealthCheck  // nil: the image's, if it has one
 	Engine      string        // empty or "auto": the best that works here
 
 	// PullProgress is called while the image is pulled, by one goroutine at a time.
@@ -201,6 +202,9 @@ func (r *Runtime) resolve(ctx context.Context, s Spec, img image.Image, id strin
 	b.StopSignal, b.StopTimeout = sig, DefaultStopTimeout
 	if s.StopTimeout != nil {
 		b.StopTimeout = *s.StopTimeout
+	}
+	if b.Health, err = r.health(ctx, s, conf); err != nil {
+		return nil, err
 	}
 	for _, check := range []func(*spec.Box) error{checkLimits, checkPolicy, checkMounts} {
 		if err := check(b); err != nil {

@@ -26,7 +26,7 @@ func (a *app) psCmd() *cobra.Command {
 	c.Flags().BoolVarP(&all, "all", "a", false, "show boxes that do not run, too")
 	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "show ids only")
 	c.Flags().BoolVarP(&sizes, "size", "s", false, "show what each box's own files take on disk")
-	c.Flags().StringArrayVarP(&filters, "filter", "f", nil, "show only boxes with name=, id=, label=key[=value], status=, image= or engine=")
+	c.Flags().StringArrayVarP(&filters, "filter", "f", nil, "show only boxes with name=, id=, label=key[=value], status=, health=, image= or engine=")
 	f.add(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		keep, byStatus, err := boxFilter(filters)
@@ -50,7 +50,7 @@ func (a *app) psCmd() *cobra.Command {
 			}
 			rows := make([]psRow, len(infos))
 			for n, i := range infos {
-				rows[n].Info = i
+				rows[n].Info, rows[n].Health = i, health(i)
 				if !sizes {
 					continue
 				}
@@ -87,7 +87,8 @@ func shownUnasked(status string) bool {
 // psRow is a box of a list. Its methods are for templates that were written for docker ps.
 type psRow struct {
 	coffer.Info
-	Size int64 `json:"size,omitempty"` // bytes on disk, if asked for
+	Health string `json:"health"`         // in one word
+	Size   int64  `json:"size,omitempty"` // bytes on disk, if asked for
 }
 
 func (r psRow) Names() string      { return r.Name }
@@ -97,7 +98,15 @@ func (r psRow) RunningFor() string { return ago(r.Created) }
 func status(i coffer.Info) string {
 	switch i.Status {
 	case "running":
-		return "Up " + span(time.Since(i.Started))
+		up := "Up " + span(time.Since(i.Started))
+		switch h := health(i); h {
+		case "none":
+			return up
+		case "starting":
+			return up + " (health: starting)"
+		default:
+			return up + " (" + h + ")"
+		}
 	case "stopped":
 		s := fmt.Sprintf("Exited (%d) %s", i.ExitCode, ago(i.Finished))
 		if i.Reason != "exited" && i.Reason != "stopped" {
@@ -111,6 +120,17 @@ func status(i coffer.Info) string {
 	}
 	return strings.ToUpper(i.Status[:1]) + i.Status[1:]
 }
+
+// health is what the checks say of a box, or "none".
+func health(i coffer.Info) string {
+	if i.Health == nil {
+		return "none"
+	}
+	return string(i.Health.Status)
+}
+
+// healths are what a box can be to its checks.
+const healths = "starting, healthy, unhealthy, none"
 
 // statuses are what a box can be, and Docker's word for one of them.
 const statuses = "creating, created, starting, running, stopping, stopped, restarting, removing, failed, exited"
@@ -131,6 +151,11 @@ func boxFilter(filters []string) (keep func(coffer.Info) bool, byStatus bool, er
 				return nil, false, fmt.Errorf("unknown status %q: use one of %s", v, statuses)
 			}
 			t = func(i coffer.Info) bool { return i.Status == v || v == "exited" && i.Status == "stopped" }
+		case "health":
+			if !slices.Contains(strings.Split(healths, ", "), v) {
+				return nil, false, fmt.Errorf("unknown health %q: use one of %s", v, healths)
+			}
+			t = func(i coffer.Info) bool { return health(i) == v }
 		case "image", "ancestor":
 			t = func(i coffer.Info) bool { return i.Image == v || i.ImageID == v }
 		case "engine":
@@ -139,7 +164,7 @@ func boxFilter(filters []string) (keep func(coffer.Info) bool, byStatus bool, er
 			lk, lv, valued := strings.Cut(v, "=")
 			t = func(i coffer.Info) bool { have, ok := i.Labels[lk]; return ok && (!valued || have == lv) }
 		default:
-			return nil, false, fmt.Errorf("unknown filter %q: use name, id, label, status, image or engine", k)
+			return nil, false, fmt.Errorf("unknown filter %q: use name, id, label, status, health, image or engine", k)
 		}
 		tests = append(tests, t)
 	}

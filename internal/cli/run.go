@@ -31,6 +31,7 @@ type boxFlags struct {
 	tty, stdin, rm, readOnly, bestEffort           bool
 	pull                                           string
 	pulling                                        pullFlags
+	health                                         healthFlags
 }
 
 func (o *boxFlags) add(f *pflag.FlagSet) {
@@ -61,6 +62,7 @@ func (o *boxFlags) add(f *pflag.FlagSet) {
 	f.BoolVar(&o.readOnly, "read-only", false, "make the root file system read-only")
 	f.StringVar(&o.pull, "pull", coffer.PullMissing, "when to pull the image: missing, always, never")
 	o.pulling.add(f)
+	o.health.add(f)
 }
 
 func (o *boxFlags) spec(a *app, f *pflag.FlagSet, args []string) (coffer.Spec, error) {
@@ -92,6 +94,9 @@ func (o *boxFlags) spec(a *app, f *pflag.FlagSet, args []string) (coffer.Spec, e
 		}
 	}
 	var err error
+	if s.Health, err = o.health.check(); err != nil {
+		return s, err
+	}
 	if s.PullProgress, err = a.progress(o.pulling.progress); err != nil {
 		return s, err
 	}
