@@ -48,7 +48,17 @@ func (s *shim) newHealth(agent *wire.Client) *health {
 	p.Args, p.TTY, p.Timeout = check.Args, false, check.Timeout
 	id, generation := s.box.ID, s.box.Generation
 	return makeHealth(check, s.log,
-		func(ctx context.Context) (wire.CheckReply, error) { return agent.Check(ctx, p) },
+		func(ctx context.Context) (wire.CheckReply, error) {
+			reply, err := agent.Check(ctx, p)
+			if errors.Is(err, wire.ErrClosed) {
+				select {
+				case <-agent.Session().Done():
+				default:
+					err = errors.New("the box gave no answer") // it closed the stream, and lives
+				}
+			}
+			return reply, err
+		},
 		func(ctx context.Context, to state.Health) error {
 			c := state.Change{Generation: generation, Event: "health_status", Attrs: map[string]string{"status": string(to)}}
 			_, err := s.keeper.DB.Update(ctx, id, c, func(b *state.Box) error {

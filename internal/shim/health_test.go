@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -172,6 +173,38 @@ func TestHealthRecords(t *testing.T) {
 			t.Errorf("of %d checks came the records %v", n, records)
 		}
 	})
+}
+
+// TestHealthOfALostBox: that the kernel of a box has ended is no failure of a check; that a box which lives gives no answer is one.
+func TestHealthOfALostBox(t *testing.T) {
+	for _, lives := range []bool{false, true} {
+		ours, theirs := net.Pipe()
+		done := make(chan struct{})
+		go func() {
+			s, err := wire.NewServer(theirs)
+			if err != nil {
+				return
+			}
+			defer s.Close()
+			if _, st, err := s.Accept(context.Background()); err == nil {
+				_, _ = st.Write([]byte{0, 0}) // in the middle of an answer
+				if lives {
+					st.Close()
+					<-done
+				}
+			}
+		}()
+		sess, err := wire.NewClient(ours)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &shim{log: slog.New(slog.DiscardHandler), box: &state.Box{Spec: spec.Box{Health: &spec.Health{Timeout: time.Minute}}}}
+		if r, judged := s.newHealth(wire.NewClientOf(sess)).check(t.Context()); judged != lives || judged && r.ExitCode != -1 {
+			t.Errorf("lives %v, judged %v: %+v", lives, judged, r)
+		}
+		close(done)
+		sess.Close()
+	}
 }
 
 // TestHealthEnds: a check does not keep a box from stopping, and what ended it is not held against the box.

@@ -173,3 +173,16 @@ func TestCheckAndEnd(t *testing.T) {
 	}
 	h.noneLeft("after stop")
 }
+
+// TestHealthOfAStoppedAgent: a box that stops its own agent, with which no check can be run any more, does not go on to look healthy.
+func TestHealthOfAStoppedAgent(t *testing.T) {
+	h := newHome(t)
+	h.run("run", "-d", "--name", "b", "--health-cmd", "true", "--health-interval", "100ms", "--health-timeout", "100ms", "--health-retries", "1", "base",
+		"sh", "-c", "while [ ! -e /root/stop ]; do sleep 0.05; done; kill -STOP 1; sleep 1000")
+	h.health("b", "healthy")
+	touch := h.started("exec", "b", "sh", "-c", "echo on; touch /root/stop") // it may get no answer
+	h.health("b", "unhealthy")
+	h.run("rm", "-f", "b")
+	_ = touch.Wait()
+	h.noneLeft("after rm -f")
+}
