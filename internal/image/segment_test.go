@@ -18,7 +18,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	writer "github.com/coffer-box/coffer/internal/erofs"
 )
@@ -557,8 +556,7 @@ func TestSegmentsOfOneLoad(t *testing.T) {
 	}
 	st := stageOf(t, s)
 	for i, im := range list {
-		d := description{config: &v1.ConfigFile{RootFS: im.config().RootFS}}
-		b := newBuilder(st, Options{}, d.config.RootFS.DiffIDs, true)
+		b := newBuilder(st, Options{}, im.config().RootFS.DiffIDs, true)
 		defer b.close()
 		if b.known != i {
 			t.Errorf("image %d: %d layers are known", i, b.known)

@@ -177,24 +177,24 @@ func cgroupFile() string {
 
 func changeImageMode(p *prisoner) (string, error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(p.conf.ImageFD, &st); err != nil {
+	if err := unix.Fstat(p.conf.ImageFDs[0], &st); err != nil {
 		return "", err
 	}
-	return "", unix.Fchmod(p.conf.ImageFD, st.Mode&0o7777)
+	return "", unix.Fchmod(p.conf.ImageFDs[0], st.Mode&0o7777)
 }
 
 func openImage(p *prisoner) (string, error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(p.conf.ImageFD, &st); err != nil {
+	if err := unix.Fstat(p.conf.ImageFDs[0], &st); err != nil {
 		return "", err
 	}
 	// An owner who can write to the file can first make it writable.
-	_ = unix.Fchmod(p.conf.ImageFD, 0o600|st.Mode&0o7777)
-	fd, err := unix.Open("/proc/self/fd/"+strconv.Itoa(p.conf.ImageFD), unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	_ = unix.Fchmod(p.conf.ImageFDs[0], 0o600|st.Mode&0o7777)
+	fd, err := unix.Open("/proc/self/fd/"+strconv.Itoa(p.conf.ImageFDs[0]), unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err == nil {
 		unix.Close(fd)
 	}
-	_ = unix.Fchmod(p.conf.ImageFD, st.Mode&0o7777)
+	_ = unix.Fchmod(p.conf.ImageFDs[0], st.Mode&0o7777)
 	return "", err
 }
 
