@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -68,7 +69,7 @@ func (p *prisoner) run() error {
 	if err := json.NewDecoder(os.NewFile(launch.ConfigFD, "config")).Decode(&p.conf); err != nil {
 		return err
 	}
-	p.given = max(launch.ConfigFD, p.conf.ReadyFD, p.conf.AgentFD, p.conf.ScaffoldFD, p.conf.ImageFDs[0], p.conf.StateFD)
+	p.given = max(launch.ConfigFD, p.conf.ReadyFD, p.conf.AgentFD, p.conf.ScaffoldFD, slices.Max(p.conf.ImageFDs), p.conf.StateFD)
 	for _, v := range p.conf.Volumes {
 		p.given = max(p.given, v.FD)
 	}
