@@ -76,14 +76,38 @@ func (b *boxRoot) mountOverlay(lower []string, state string, flags uintptr) erro
 	slices.Reverse(top) // the kernel wants the uppermost first
 	state = stateDir(state)
 	upper, work := filepath.Join(state, "upper"), filepath.Join(state, "work")
-	for _, d := range []string{upper, work} {
-		if err := os.Mkdir(d, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+	for _, d := range []string{work, upper} {
+		err := os.Mkdir(d, 0o755)
+		if err == nil && d == upper {
+			err = ownRoot(upper, top)
+		}
+		if err != nil && !errors.Is(err, os.ErrExist) {
 			return fmt.Errorf("make the box's writable layer: %w", err)
 		}
 	}
 	opts := "lowerdir=" + strings.Join(top, ":") + ",upperdir=" + upper + ",workdir=" + work
 	if err := unix.Mount("overlay", b.newroot, "overlay", flags, opts); err != nil {
 		return fmt.Errorf("mount the box's root (%s): %w", opts, err)
+	}
+	return nil
+}
+
+// ownRoot gives the writable layer's root, which is the box's, what the image says of it.
+func ownRoot(upper string, lower []string) error {
+	var st unix.Stat_t
+	if len(lower) == 0 {
+		return errors.New("the box has no image")
+	}
+	if err := unix.Stat(lower[0], &st); err != nil {
+		return err
+	}
+	if st.Uid != 0 || st.Gid != 0 {
+		if err := os.Chown(upper, int(st.Uid), int(st.Gid)); err != nil {
+			return err
+		}
+	}
+	if mode := st.Mode & 0o7777; mode != 0o755 {
+		return unix.Chmod(upper, mode)
 	}
 	return nil
 }

@@ -97,13 +97,18 @@ func TestRootfs(t *testing.T) {
 	os.WriteFile(sc.vol+"/0/hello", []byte("volume\n"), 0o644)
 	os.WriteFile(sc.vol+"/1", []byte("single\n"), 0o644)
 	os.MkdirAll(sc.vol+"/2", 0o755)
-	os.WriteFile(sc.lower+"/etc/kept", []byte("mine"), 0o644)
+	os.WriteFile(sc.lower+"/etc/kept", []byte("below"), 0o644)
+	// What lies over it wins.
+	over := t.TempDir()
+	os.Mkdir(over+"/etc", 0o755)
+	os.WriteFile(over+"/etc/kept", []byte("mine"), 0o644)
+	os.Chmod(over, 0o711)
 
 	if _, err := c.Start(t.Context(), wire.ExecRequest{Process: sh("true")}, wire.IO{}); err == nil {
 		t.Fatal("a process started before the box was configured")
 	}
 	info, err := c.Configure(t.Context(), wire.Setup{
-		Hostname: "testbox", Lower: []string{sc.lower}, State: sc.state,
+		Hostname: "testbox", Lower: []string{sc.lower, over}, State: sc.state,
 		Tmpfs: []spec.Tmpfs{{Target: "/scratch", Size: 1 << 20, Mode: 0o700}},
 		Volumes: []wire.SetupVolume{
 			{Staging: sc.vol + "/2", Target: "/data/vol/sub", ReadOnly: true},
@@ -141,6 +146,9 @@ ls /lower /state /newroot 2>/dev/null | wc -l; ls /`)
 	}
 	if _, err := os.Stat(sc.state + "/upper/written"); err != nil {
 		t.Fatal("writable layer:", err)
+	}
+	if st, err := os.Stat(sc.state + "/upper"); err != nil || st.Mode().Perm() != 0o711 {
+		t.Fatal("the image's root has another mode:", st.Mode(), err)
 	}
 	tty := sh("stty size; tty")
 	tty.TTY, tty.WinSize = true, spec.WinSize{Rows: 5, Cols: 6}
