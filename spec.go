@@ -44,6 +44,10 @@ type Spec struct {
 	Memory int64   // bytes; 0: no limit
 	CPUs   float64 // cores; 0: no limit
 	PIDs   int64   // processes and threads of the box, its kernel's own included; 0: no limit
+	// DiskSize is what the box may have on the host's disk, in bytes: its writable layer and its anonymous volumes together, every object with
+	// 4 KiB and its size without holes; 0: no limit. When it is used up, writes in the box fail with ENOSPC, and nothing that is there is lost. Volumes
+	// of the host's are not counted. It holds on every host, and costs speed.
+	DiskSize int64
 	// BestEffort runs the box without the limits that this host cannot enforce, instead of failing.
 	BestEffort bool
 	Rlimits    []Rlimit
@@ -163,7 +167,7 @@ func (r *Runtime) resolve(ctx context.Context, s Spec, img image.Image, id strin
 	conf := img.Config.Config
 	b := &spec.Box{
 		Image: s.Image, ImageID: img.ID, RootfsID: img.RootfsID, Hostname: s.Hostname, Labels: map[string]string{},
-		Resources: spec.Resources{Memory: s.Memory, CPUs: s.CPUs, PIDs: s.PIDs, BestEffort: s.BestEffort},
+		Resources: spec.Resources{Memory: s.Memory, CPUs: s.CPUs, PIDs: s.PIDs, DiskSize: s.DiskSize, BestEffort: s.BestEffort},
 		ReadOnly:  s.ReadOnly, Tmpfs: s.Tmpfs, Remove: s.Remove, Restart: s.Restart, Timeout: s.Timeout, OpenStdin: s.Stdin,
 	}
 	for k, v := range conf.Labels {
@@ -239,8 +243,9 @@ func first(s ...string) string {
 }
 
 const (
-	minMemory = 32 << 20 // less than this the box's kernel itself does not start in
-	minPIDs   = 32       // the kernel's own threads count
+	minMemory   = 32 << 20 // less than this the box's kernel itself does not start in
+	minPIDs     = 32       // the kernel's own threads count
+	minDiskSize = 1 << 20  // a box of the smallest image begins with 100 KiB
 )
 
 func checkLimits(b *spec.Box) error {
@@ -260,6 +265,10 @@ func checkLimits(b *spec.Box) error {
 		return invalid("pids limit %d is negative", r.PIDs)
 	case r.PIDs > 0 && r.PIDs < minPIDs:
 		return invalid("pids limit %d is too small for the box's kernel: at least %d", r.PIDs, minPIDs)
+	case r.DiskSize < 0:
+		return invalid("disk size %d is negative", r.DiskSize)
+	case r.DiskSize > 0 && r.DiskSize < minDiskSize:
+		return invalid("disk size %d bytes is too small for the box's own files: at least 1m", r.DiskSize)
 	}
 	return nil
 }

@@ -15,8 +15,9 @@ import (
 // file implements [lisafs.ControlFDImpl]: one object, held open.
 type file struct {
 	lisafs.ControlFD
-	t  *tree
-	fd int // in a box's layer readable, and writable if it is a plain file; of a volume whatever could be had
+	t   *tree
+	fd  int    // in a box's layer readable, and writable if it is a plain file; of a volume whatever could be had
+	ino *inode // nil: no quota
 }
 
 var _ lisafs.ControlFDImpl = (*file)(nil)
@@ -30,7 +31,10 @@ func (f *file) FD() *lisafs.ControlFD {
 }
 
 // Close implements [lisafs.ControlFDImpl].
-func (f *file) Close() { unix.Close(f.fd) }
+func (f *file) Close() {
+	f.t.o.Quota.letGo(f.ino, f.fd)
+	unix.Close(f.fd)
+}
 
 // Stat implements [lisafs.ControlFDImpl].
 func (f *file) Stat() (lisafs.Statx, error) { return f.t.stat(f.fd) }
@@ -59,7 +63,7 @@ func (t *tree) openAt(dir int, name string) (int, error) {
 
 // child makes the protocol's object for an open child.
 func (f *file) child(fd int, name string, mode uint16) *file {
-	c := &file{t: f.t, fd: fd}
+	c := &file{t: f.t, fd: fd, ino: f.t.o.Quota.hold(fd)}
 	parent := f.Node()
 	var node *lisafs.Node
 	parent.WithChildrenMu(func() {
@@ -166,7 +170,7 @@ func (f *file) SetStat(req lisafs.SetStatReq) (failed uint32, failure error) {
 			return err
 		}
 		defer done()
-		return unix.Ftruncate(fd, int64(req.Size))
+		return f.t.o.Quota.extend(f.ino, fd, int64(req.Size), func() error { return unix.Ftruncate(fd, int64(req.Size)) })
 	})
 	// Owners before modes: a change of owner clears setuid on the host, and the guest's kernel asks for both in the end state.
 	try(unix.STATX_UID|unix.STATX_GID, func() error { return f.chown(req) })
@@ -240,18 +244,28 @@ func (f *file) create(name string, typ uint32, m meta, content string) (int, err
 	if f.t.reserved(name) {
 		return -1, unix.EPERM
 	}
-	// It gets its name only when it is whole: a server may be killed between any two steps.
-	tmp := tmpName()
-	fd, err := makeTemp(f.fd, tmp, typ, m, content)
-	if err != nil {
-		return -1, err
-	}
-	if err := unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE); err != nil {
-		_ = unix.Unlinkat(f.fd, tmp, 0)
-		unix.Close(fd)
-		return -1, err
-	}
-	return fd, nil
+	return f.t.o.Quota.making(f.fd, chargeBlock+blocks(int64(len(content))), func() (int, error) {
+		// It gets its name only when it is whole: a server may be killed between any two steps.
+		tmp := tmpName()
+		fd, err := makeTemp(f.fd, tmp, typ, m, content)
+		if err != nil {
+			return -1, err
+		}
+		if err := unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE); err != nil {
+			_ = unix.Unlinkat(f.fd, tmp, 0)
+			unix.Close(fd)
+			return -1, err
+		}
+		return fd, nil
+	})
+}
+
+// takeBack removes what was just made.
+func (f *file) takeBack(name string) {
+	q := f.t.o.Quota
+	_ = q.naming([]int{f.fd}, func() error {
+		return q.losing(f.fd, name, func() error { return unix.Unlinkat(f.fd, name, 0) })
+	})
 }
 
 // makeTemp makes a plain file that stands for a guest object, under a name that no guest sees.
@@ -340,7 +354,7 @@ func (f *file) OpenCreate(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, n
 		fd, open, err = f.createHost(name, mode, uid, gid, flags)
 	} else if fd, err = f.create(name, unix.S_IFREG, newMeta(mode, uid, gid), ""); err == nil {
 		if open, err = reopen(fd, int(flags&unix.O_ACCMODE)|unix.O_NONBLOCK); err != nil {
-			_ = unix.Unlinkat(f.fd, name, 0)
+			f.takeBack(name)
 			unix.Close(fd)
 		}
 	}
@@ -349,7 +363,7 @@ func (f *file) OpenCreate(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, n
 	}
 	st, err := f.t.stat(fd)
 	if err != nil {
-		_ = unix.Unlinkat(f.fd, name, 0)
+		f.takeBack(name)
 		unix.Close(fd)
 		unix.Close(open)
 		return fail(err)
@@ -381,13 +395,21 @@ func (f *file) Mkdir(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name s
 		}
 		return f.finish(fd, name)
 	}
+	fd, err := f.t.o.Quota.making(f.fd, 2*chargeBlock, func() (int, error) { return f.makeDir(name, newMeta(mode, uid, gid)) })
+	if err != nil {
+		return nil, lisafs.Statx{}, err
+	}
+	return f.finish(fd, name)
+}
+
+func (f *file) makeDir(name string, m meta) (int, error) {
 	tmp := tmpName()
 	if err := unix.Mkdirat(f.fd, tmp, dirPerm); err != nil {
-		return nil, lisafs.Statx{}, err
+		return -1, err
 	}
 	fd, err := unix.Openat(f.fd, tmp, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err == nil {
-		if err = storeMeta(fd, newMeta(mode, uid, gid)); err == nil {
+		if err = storeMeta(fd, m); err == nil {
 			err = unix.Renameat2(f.fd, tmp, f.fd, name, unix.RENAME_NOREPLACE)
 		}
 		if err != nil {
@@ -396,9 +418,9 @@ func (f *file) Mkdir(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name s
 	}
 	if err != nil {
 		_ = unix.Unlinkat(f.fd, tmp, unix.AT_REMOVEDIR)
-		return nil, lisafs.Statx{}, err
+		return -1, err
 	}
-	return f.finish(fd, name)
+	return fd, nil
 }
 
 // Mknod implements [lisafs.ControlFDImpl]. Pipes and sockets are refused: the guest's kernel then keeps them in its memory, where
@@ -465,7 +487,9 @@ func (f *file) Link(dir lisafs.ControlFDImpl, name string) (*lisafs.ControlFD, l
 	if d.t.reserved(name) {
 		return nil, lisafs.Statx{}, unix.EPERM
 	}
-	if err := unix.Linkat(unix.AT_FDCWD, procPath(f.fd), d.fd, name, unix.AT_SYMLINK_FOLLOW); err != nil {
+	if err := f.t.o.Quota.linking(d.fd, func() error {
+		return unix.Linkat(unix.AT_FDCWD, procPath(f.fd), d.fd, name, unix.AT_SYMLINK_FOLLOW)
+	}); err != nil {
 		return nil, lisafs.Statx{}, err
 	}
 	return d.Walk(name)
@@ -477,8 +501,12 @@ func (f *file) StatFS() (lisafs.StatFS, error) {
 	if err := unix.Fstatfs(f.fd, &s); err != nil {
 		return lisafs.StatFS{}, err
 	}
-	return lisafs.StatFS{Type: uint64(s.Type), BlockSize: s.Bsize, Blocks: s.Blocks, BlocksFree: s.Bfree, BlocksAvailable: s.Bavail,
-		Files: s.Files, FilesFree: s.Ffree, NameLength: uint64(s.Namelen)}, nil
+	out := lisafs.StatFS{Type: uint64(s.Type), BlockSize: s.Bsize, Blocks: s.Blocks, BlocksFree: s.Bfree, BlocksAvailable: s.Bavail,
+		Files: s.Files, FilesFree: s.Ffree, NameLength: uint64(s.Namelen)}
+	if f.t.o.Quota != nil {
+		out = f.t.o.Quota.statFS(out)
+	}
+	return out, nil
 }
 
 // Readlink implements [lisafs.ControlFDImpl].
@@ -518,16 +546,21 @@ func (f *file) Unlink(name string, flags uint32) error {
 	if f.t.reserved(name) {
 		return unix.ENOENT
 	}
-	if !f.t.o.Host {
-		if err := f.t.prepare(); err != nil {
-			return err
+	q := f.t.o.Quota
+	return q.naming([]int{f.fd, f.t.root}, func() error {
+		if !f.t.o.Host {
+			if err := f.t.prepare(); err != nil {
+				return err
+			}
 		}
-	}
-	err := unix.Unlinkat(f.fd, name, int(flags))
-	if err == unix.ENOTEMPTY && !f.t.o.Host && f.sweep(name) {
-		err = unix.Unlinkat(f.fd, name, int(flags))
-	}
-	return err
+		return q.losing(f.fd, name, func() error {
+			err := unix.Unlinkat(f.fd, name, int(flags))
+			if err == unix.ENOTEMPTY && !f.t.o.Host && f.sweep(name) {
+				err = unix.Unlinkat(f.fd, name, int(flags))
+			}
+			return err
+		})
+	})
 }
 
 // sweep removes what killed servers left in a directory that the guest believes empty.
@@ -540,7 +573,14 @@ func (f *file) sweep(name string) bool {
 	found := false
 	_ = listDir(fd, math.MaxInt, func(e dirent) {
 		if strings.HasPrefix(e.name, tmpPrefix) {
-			found = unix.Unlinkat(fd, e.name, 0) == nil || unix.Unlinkat(fd, e.name, unix.AT_REMOVEDIR) == nil || found
+			err := f.t.o.Quota.losing(fd, e.name, func() error {
+				err := unix.Unlinkat(fd, e.name, 0)
+				if err != nil {
+					err = unix.Unlinkat(fd, e.name, unix.AT_REMOVEDIR)
+				}
+				return err
+			})
+			found = err == nil || found
 		}
 	})
 	return found
@@ -560,16 +600,24 @@ func (f *file) RenameAt2(from string, dir lisafs.ControlFDImpl, to string, flags
 	if f.t.reserved(to) || flags&^(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) != 0 {
 		return unix.EINVAL
 	}
-	if !f.t.o.Host {
-		if err := f.t.prepare(); err != nil {
-			return err
+	q := f.t.o.Quota
+	return q.naming([]int{f.fd, d.fd, f.t.root}, func() error {
+		if !f.t.o.Host {
+			if err := q.overdrawn(); err != nil {
+				return err
+			}
+			if err := f.t.prepare(); err != nil {
+				return err
+			}
 		}
-	}
-	err := unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
-	if err == unix.ENOTEMPTY && !f.t.o.Host && d.sweep(to) {
-		err = unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
-	}
-	return err
+		return q.losing(d.fd, to, func() error {
+			err := unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
+			if err == unix.ENOTEMPTY && !f.t.o.Host && d.sweep(to) {
+				err = unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
+			}
+			return err
+		})
+	})
 }
 
 // Renamed implements [lisafs.ControlFDImpl]; nothing here depends on a name.

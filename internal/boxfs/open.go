@@ -3,6 +3,7 @@ package boxfs
 import (
 	"errors"
 	"io"
+	"math"
 	"strconv"
 	"strings"
 
@@ -16,8 +17,9 @@ func procPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 // opened implements [lisafs.OpenFDImpl].
 type opened struct {
 	lisafs.OpenFD
-	t  *tree
-	fd int
+	t   *tree
+	fd  int
+	ino *inode // nil: no quota
 }
 
 var _ lisafs.OpenFDImpl = (*opened)(nil)
@@ -36,7 +38,15 @@ func (f *file) Open(flags uint32) (*lisafs.OpenFD, int, error) {
 		const keep = unix.O_ACCMODE | unix.O_TRUNC | unix.O_APPEND | unix.O_DIRECT | unix.O_SYNC | unix.O_DSYNC
 		fd, err = reopen(f.fd, int(flags&keep)|unix.O_NONBLOCK)
 	default:
-		fd, err = reopen(f.fd, int(flags&(unix.O_ACCMODE|unix.O_TRUNC))|unix.O_NONBLOCK)
+		open := func() error {
+			fd, err = reopen(f.fd, int(flags&(unix.O_ACCMODE|unix.O_TRUNC))|unix.O_NONBLOCK)
+			return err
+		}
+		if flags&unix.O_TRUNC != 0 {
+			err = f.t.o.Quota.extend(f.ino, f.fd, 0, open)
+		} else {
+			err = open()
+		}
 	}
 	if err != nil {
 		return nil, -1, err
@@ -47,10 +57,11 @@ func (f *file) Open(flags uint32) (*lisafs.OpenFD, int, error) {
 
 // opened makes the protocol's object for an open descriptor, and a descriptor to give away if the client may have one.
 func (f *file) opened(fd int, flags uint32) (*lisafs.OpenFD, int) {
-	o := &opened{t: f.t, fd: fd}
+	o := &opened{t: f.t, fd: fd, ino: f.t.o.Quota.again(f.ino)}
 	o.OpenFD.Init(f.FD(), flags, o)
 	donated := -1
-	if f.IsRegular() {
+	// With a quota not even for reading: an escaped kernel could keep what it has deleted.
+	if f.IsRegular() && f.t.o.Quota == nil {
 		// With a descriptor of its own the guest's kernel reads, writes and maps without asking; without one it asks.
 		if n, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil {
 			donated = n
@@ -68,7 +79,10 @@ func (o *opened) FD() *lisafs.OpenFD {
 }
 
 // Close implements [lisafs.OpenFDImpl].
-func (o *opened) Close() { unix.Close(o.fd) }
+func (o *opened) Close() {
+	o.t.o.Quota.letGo(o.ino, o.fd)
+	unix.Close(o.fd)
+}
 
 // Stat implements [lisafs.OpenFDImpl].
 func (o *opened) Stat() (lisafs.Statx, error) { return o.t.stat(o.fd) }
@@ -84,6 +98,16 @@ func (o *opened) Renamed() {}
 
 // Write implements [lisafs.OpenFDImpl].
 func (o *opened) Write(b []byte, off uint64) (uint64, error) {
+	if q := o.t.o.Quota; q != nil && len(b) > 0 {
+		o.ino.mu.Lock()
+		defer o.ino.mu.Unlock()
+		n, settle, err := q.fit(o.fd, len(b), off)
+		if err != nil {
+			return 0, err
+		}
+		defer settle()
+		b = b[:n]
+	}
 	done := 0
 	for done < len(b) {
 		n, err := unix.Pwrite(o.fd, b[done:], int64(off)+int64(done))
@@ -119,7 +143,26 @@ func (o *opened) Read(b []byte, off uint64) (uint64, error) {
 
 // Allocate implements [lisafs.OpenFDImpl].
 func (o *opened) Allocate(mode, off, length uint64) error {
-	return unix.Fallocate(o.fd, uint32(mode), int64(off), int64(length))
+	allocate := func() error { return unix.Fallocate(o.fd, uint32(mode), int64(off), int64(length)) }
+	q := o.t.o.Quota
+	if q == nil {
+		return allocate()
+	}
+	if off > math.MaxInt64 || length > math.MaxInt64-off {
+		return unix.EINVAL
+	}
+	end := int64(off + length)
+	switch mode {
+	case 0, unix.FALLOC_FL_ZERO_RANGE:
+	case unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE:
+		end = 0 // it adds nothing
+	case unix.FALLOC_FL_KEEP_SIZE, unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE:
+		// What is beyond a file's end cannot be seen in its size, by which it is charged.
+		return q.inside(o.ino, o.fd, end, allocate)
+	default:
+		return unix.EOPNOTSUPP
+	}
+	return q.extend(o.ino, o.fd, end, allocate)
 }
 
 // Getdent64 implements [lisafs.OpenFDImpl].
@@ -181,7 +224,9 @@ func (f *file) SetXattr(name, value string, flags uint32) error {
 	if f.marks(name) && value == "y" {
 		return f.setOpaque(true)
 	}
-	return unix.Setxattr(f.attrPath(), key, []byte(value), int(flags))
+	return f.t.o.Quota.attribute(f.ino, f.attrPath(), key, len(value), func() error {
+		return unix.Setxattr(f.attrPath(), key, []byte(value), int(flags))
+	})
 }
 
 // RemoveXattr implements [lisafs.ControlFDImpl].
@@ -193,7 +238,7 @@ func (f *file) RemoveXattr(name string) error {
 	if f.marks(name) && f.opaque() {
 		return f.setOpaque(false)
 	}
-	return unix.Removexattr(f.attrPath(), key)
+	return f.t.o.Quota.attribute(f.ino, f.attrPath(), key, -1, func() error { return unix.Removexattr(f.attrPath(), key) })
 }
 
 // attr is the host's name of a guest's attribute. In a box's layer every namespace is stored as a user attribute; of a volume

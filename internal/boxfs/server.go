@@ -21,6 +21,8 @@ type Options struct {
 	Host bool
 	// ReadOnly refuses every change, whatever the client believes.
 	ReadOnly bool
+	// Quota bounds what the tree takes, with those of others; nil: nothing does. It is for a box's own trees, and has counted this one.
+	Quota *Quota
 	// IDOffset is subtracted from owners that the server sees and added to those it sets, for id-mapped volumes.
 	IDOffset uint32
 }
@@ -77,9 +79,9 @@ func (t *tree) Mount(c *lisafs.Connection, node *lisafs.Node) (*lisafs.ControlFD
 		return nil, lisafs.Statx{}, -1, err
 	}
 	if !t.o.Host && !t.o.ReadOnly {
-		_ = t.prepare() // while there is room; it is tried again before it is needed
+		_ = t.o.Quota.naming([]int{t.root}, t.prepare) // while there is room; it is tried again before it is needed
 	}
-	f := &file{t: t, fd: fd}
+	f := &file{t: t, fd: fd, ino: t.o.Quota.hold(fd)}
 	node.IncRef()
 	f.ControlFD.Init(c, node, linux.FileMode(st.Mode), f)
 	return f.FD(), st, -1, nil

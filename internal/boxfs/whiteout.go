@@ -51,13 +51,16 @@ func (t *tree) prepare() error {
 // linkWhiteout makes a link to the one whiteout, and first that where it is missing or can have no more.
 func (t *tree) linkWhiteout(dir int, name string) error {
 	err := unix.Linkat(t.root, whiteName, dir, name, 0)
-	if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EMLINK) {
-		return err
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EMLINK) {
+		if err := t.newWhiteout(); err != nil {
+			return err
+		}
+		err = unix.Linkat(t.root, whiteName, dir, name, 0)
 	}
-	if err := t.newWhiteout(); err != nil {
-		return err
+	if err == nil {
+		t.o.Quota.add(chargeLink)
 	}
-	return unix.Linkat(t.root, whiteName, dir, name, 0)
+	return err
 }
 
 func (t *tree) newWhiteout() error {
@@ -67,10 +70,12 @@ func (t *tree) newWhiteout() error {
 		return err
 	}
 	unix.Close(fd)
-	if err := unix.Renameat(t.root, tmp, t.root, whiteName); err != nil {
+	err = t.o.Quota.losing(t.root, whiteName, func() error { return unix.Renameat(t.root, tmp, t.root, whiteName) })
+	if err != nil {
 		_ = unix.Unlinkat(t.root, tmp, 0)
 		return err
 	}
+	t.o.Quota.add(chargeBlock)
 	return nil
 }
 
@@ -80,6 +85,18 @@ func (f *file) whiteout(name string) (int, error) {
 	if t.reserved(name) {
 		return -1, unix.EPERM
 	}
+	fd := -1
+	return fd, t.o.Quota.naming([]int{f.fd, t.root}, func() (err error) {
+		if err := t.o.Quota.overdrawn(); err != nil {
+			return err
+		}
+		fd, err = f.makeWhiteout(name)
+		return err
+	})
+}
+
+func (f *file) makeWhiteout(name string) (int, error) {
+	t := f.t
 	t.white.mu.Lock()
 	defer t.white.mu.Unlock()
 	err := t.linkWhiteout(f.fd, name)

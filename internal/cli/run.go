@@ -23,7 +23,7 @@ import (
 type boxFlags struct {
 	env, envFiles, labels, ulimits, tmpfs, volumes []string
 	name, dir, user, entrypoint, hostname          string
-	memory, restart, stopSignal, engine            string
+	memory, disk, restart, stopSignal, engine      string
 	cpus                                           float64
 	pids                                           int64
 	stopTimeout                                    int
@@ -50,6 +50,7 @@ func (o *boxFlags) add(f *pflag.FlagSet) {
 	f.StringVarP(&o.memory, "memory", "m", "", "memory limit (bytes, or with k, m, g)")
 	f.Float64Var(&o.cpus, "cpus", 0, "limit of processors, in cores")
 	f.Int64Var(&o.pids, "pids-limit", 0, "limit of processes and threads on the host, the box's kernel included")
+	f.StringVar(&o.disk, "disk-size", "", "limit of what the box writes to disk, its anonymous volumes included (bytes, or with k, m, g)")
 	f.BoolVar(&o.bestEffort, "limits-best-effort", false, "run without the limits that this host cannot enforce")
 	f.StringVar(&o.restart, "restart", "no", "restart policy: no, on-failure[:max], always")
 	f.StringVar(&o.stopSignal, "stop-signal", "", "signal that stops the box")
@@ -106,9 +107,15 @@ func (o *boxFlags) spec(a *app, f *pflag.FlagSet, args []string) (coffer.Spec, e
 	if s.Labels, err = pairs("label", o.labels); err != nil {
 		return s, err
 	}
-	if f.Changed("memory") {
-		if s.Memory, err = units.RAMInBytes(o.memory); err != nil || s.Memory <= 0 {
-			return s, fmt.Errorf("--memory %q: use a positive number of bytes, or one with k, m or g", o.memory)
+	for _, size := range []struct {
+		flag, value string
+		to          *int64
+	}{{"memory", o.memory, &s.Memory}, {"disk-size", o.disk, &s.DiskSize}} {
+		if !f.Changed(size.flag) {
+			continue
+		}
+		if *size.to, err = units.RAMInBytes(size.value); err != nil || *size.to <= 0 {
+			return s, fmt.Errorf("--%s %q: use a positive number of bytes, or one with k, m or g", size.flag, size.value)
 		}
 	}
 	if s.Restart, err = restartPolicy(o.restart); err != nil {

@@ -28,7 +28,7 @@ func Run(args []string) (code int, mine bool) {
 	}
 	switch {
 	case args[0] == jail.Marker && args[1] == jail.Arg:
-		return jail.Init(serve), true
+		return jail.Init(serve()), true
 	case args[1] == supervise.ShimArg:
 		runtime.LockOSThread()
 		a, err := shim.ParseArgs(args[2:])
@@ -48,8 +48,21 @@ func Run(args []string) (code int, mine bool) {
 }
 
 // serve is the jail's file server. Root's jails run as id 1 of their namespace, the first of the ids that volumes are mapped to.
-func serve(s jail.FileServer, sock, root *os.File) error {
-	return boxfs.Serve(sock, root, boxfs.Options{Host: s.Host, ReadOnly: s.ReadOnly, IDOffset: uint32(os.Geteuid())})
+func serve() jail.ServeFunc {
+	var quota *boxfs.Quota
+	return func(s jail.FileServer, sock, root *os.File) (func() error, error) {
+		o := boxfs.Options{Host: s.Host, ReadOnly: s.ReadOnly, IDOffset: uint32(os.Geteuid())}
+		if s.Quota > 0 {
+			if quota == nil {
+				quota = boxfs.NewQuota(s.Quota)
+			}
+			if err := quota.Count(root); err != nil {
+				return nil, err
+			}
+			o.Quota = quota
+		}
+		return func() error { return boxfs.Serve(sock, root, o) }, nil
+	}
 }
 
 func installBase(ctx context.Context, root string) error {

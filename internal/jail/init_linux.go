@@ -15,8 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ServeFunc serves one of the jail's directories on a socket until the peer goes away.
-type ServeFunc func(s FileServer, socket, root *os.File) error
+// ServeFunc makes ready to serve one of the jail's directories on a socket, and returns what does it until the peer goes away. All are
+// made ready before any serves.
+type ServeFunc func(s FileServer, socket, root *os.File) (func() error, error)
 
 // Init is the whole life of a jail's first process, and returns its exit code. It must run before anything else of the program,
 // in the process that [Spawn] started.
@@ -73,10 +74,15 @@ func live(o *order, serve ServeFunc, enc *json.Encoder) (int, error) {
 		return 0, err
 	}
 	// Only now: the servers open descriptors that an exec would let through, and nothing is executed any more.
+	run := make([]func() error, len(o.Servers))
 	for i, s := range o.Servers {
-		sock := os.NewFile(uintptr(s.FD), "lisafs")
+		if run[i], err = serve(s, os.NewFile(uintptr(s.FD), "lisafs"), roots[i]); err != nil {
+			return 0, fmt.Errorf("file server of %s: %w", s.Root, err)
+		}
+	}
+	for i, s := range o.Servers {
 		go func() {
-			if err := serve(s, sock, roots[i]); err != nil {
+			if err := run[i](); err != nil {
 				fmt.Fprintf(os.Stderr, "jail: serve %s: %v\n", s.Root, err)
 			}
 		}()

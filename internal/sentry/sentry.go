@@ -167,7 +167,7 @@ func gvisorConfig(c *launch.Config) (*config.Config, error) {
 		"directfs":           "false", // files go through the jail's own server, never through host paths
 		"overlay2":           "none",
 		"file-access":        "exclusive",
-		"file-access-mounts": "shared", // volumes change under us; the state mount has a hint of its own
+		"file-access-mounts": "shared", // volumes change under us; the state mount, and what else does not, have hints of their own
 		"host-uds":           "none",
 		"host-fifo":          "none",
 		"ignore-cgroups":     "true",
@@ -219,6 +219,10 @@ func ociSpec(c *launch.Config) *specs.Spec {
 	}
 	for i, v := range c.Volumes {
 		m := specs.Mount{Destination: launch.VolPath + "/" + strconv.Itoa(i), Type: "bind", Source: "volume-" + strconv.Itoa(i)}
+		if v.Exclusive {
+			hint := boot.MountPrefix + m.Source
+			s.Annotations[hint+".source"], s.Annotations[hint+".type"], s.Annotations[hint+".share"] = m.Source, m.Type, "container"
+		}
 		if v.ReadOnly {
 			m.Options = []string{"ro"}
 		}

@@ -67,9 +67,10 @@ type Rlimit struct {
 
 // Resources bounds what the box may use of the host. Zero values mean no limit.
 type Resources struct {
-	Memory     int64   `json:"memory,omitempty"` // bytes
-	CPUs       float64 `json:"cpus,omitempty"`   // in units of one core
-	PIDs       int64   `json:"pids,omitempty"`   // processes and threads
+	Memory     int64   `json:"memory,omitempty"`    // bytes
+	CPUs       float64 `json:"cpus,omitempty"`      // in units of one core
+	PIDs       int64   `json:"pids,omitempty"`      // processes and threads
+	DiskSize   int64   `json:"disk_size,omitempty"` // bytes of the writable layer and the anonymous volumes together
 	BestEffort bool    `json:"best_effort,omitempty"`
 }
 

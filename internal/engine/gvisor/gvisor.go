@@ -103,13 +103,18 @@ func (Engine) Start(ctx context.Context, s engine.Spec, l engine.Launcher) (engi
 		cfg.Binds = append(cfg.Binds, jail.Bind{Source: path, Target: target, ReadOnly: true, Exec: true})
 		opens = append(opens, target)
 	}
+	quota := s.Box.Resources.DiskSize
 	serve := func(root string, host, readOnly bool) (int, error) {
 		client, server, err := socketPair("lisafs")
 		if err != nil {
 			return 0, err
 		}
 		given.add(server)
-		cfg.Servers = append(cfg.Servers, jail.FileServer{Socket: server, Root: root, Host: host, ReadOnly: readOnly})
+		f := jail.FileServer{Socket: server, Root: root, Host: host, ReadOnly: readOnly}
+		if !host {
+			f.Quota = quota
+		}
+		cfg.Servers = append(cfg.Servers, f)
 		return fd(client), nil
 	}
 	if c.StateFD, err = serve(statePath, false, false); err != nil {
@@ -124,7 +129,8 @@ func (Engine) Start(ctx context.Context, s engine.Spec, l engine.Launcher) (engi
 		if err != nil {
 			return fail(err)
 		}
-		c.Volumes = append(c.Volumes, launch.Volume{FD: n, ReadOnly: v.ReadOnly})
+		// With a quota the kernel gets no descriptors to map files by; it maps its own pages then, but only of what is its alone.
+		c.Volumes = append(c.Volumes, launch.Volume{FD: n, ReadOnly: v.ReadOnly, Exclusive: v.Anonymous && quota > 0})
 	}
 	// Opened in the jail, after the descriptors that come from here.
 	c.ScaffoldFD = launch.ConfigFD + len(files) + 1

@@ -41,6 +41,7 @@ type Config struct {
 
 // Volume is one LISAFS connection mounted at VolPath/<index>.
 type Volume struct {
-	FD       int  `json:"fd"`
-	ReadOnly bool `json:"read_only,omitempty"`
+	FD        int  `json:"fd"`
+	ReadOnly  bool `json:"read_only,omitempty"`
+	Exclusive bool `json:"exclusive,omitempty"` // nobody else changes it while the sandbox runs, so its kernel may cache it
 }
