@@ -205,9 +205,12 @@ func TestLostAttribute(t *testing.T) {
 }
 
 func TestNames(t *testing.T) {
-	for name, o := range map[string]Options{"layer": {}, "volume": volume()} {
+	for name, o := range map[string]Options{"layer": {}, "volume": volume(), "bounded": {Quota: NewQuota(mib)}} {
 		t.Run(name, func(t *testing.T) {
 			y := newYard(t)
+			if o.Quota != nil {
+				count(t, o.Quota, y.root)
+			}
 			p := newPeer(t, y.root, o)
 			d := p.mkdir("d")
 			e := p.mkdir("e")
@@ -271,6 +274,10 @@ func TestNames(t *testing.T) {
 				t.Errorf("left: %v", names)
 			}
 			y.untouched(t)
+			if o.Quota != nil {
+				p.close()
+				exact(t, o.Quota, y.root)
+			}
 		})
 	}
 }

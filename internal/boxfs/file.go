@@ -261,10 +261,10 @@ func (f *file) create(name string, typ uint32, m meta, content string) (int, err
 }
 
 // takeBack removes what was just made.
-func (f *file) takeBack(name string) {
+func (f *file) takeBack(name string, fd int) {
 	q := f.t.o.Quota
 	_ = q.naming([]int{f.fd}, func() error {
-		return q.losing(f.fd, name, func() error { return unix.Unlinkat(f.fd, name, 0) })
+		return q.losingOpen(fd, func() error { return unix.Unlinkat(f.fd, name, 0) })
 	})
 }
 
@@ -354,7 +354,7 @@ func (f *file) OpenCreate(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, n
 		fd, open, err = f.createHost(name, mode, uid, gid, flags)
 	} else if fd, err = f.create(name, unix.S_IFREG, newMeta(mode, uid, gid), ""); err == nil {
 		if open, err = reopen(fd, int(flags&unix.O_ACCMODE)|unix.O_NONBLOCK); err != nil {
-			f.takeBack(name)
+			f.takeBack(name, fd)
 			unix.Close(fd)
 		}
 	}
@@ -363,7 +363,7 @@ func (f *file) OpenCreate(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, n
 	}
 	st, err := f.t.stat(fd)
 	if err != nil {
-		f.takeBack(name)
+		f.takeBack(name, fd)
 		unix.Close(fd)
 		unix.Close(open)
 		return fail(err)

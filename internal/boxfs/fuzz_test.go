@@ -137,6 +137,9 @@ func checkDonated(t *testing.T, root string, fd int, o Options) {
 	}
 	var st unix.Stat_t
 	must(t, unix.Fstat(fd, &st))
+	if o.Quota != nil {
+		t.Errorf("descriptor of %s, of a tree with a quota", link)
+	}
 	if !strings.HasPrefix(link, root+"/") || st.Mode&unix.S_IFMT != unix.S_IFREG {
 		t.Errorf("descriptor of %s, mode %o", link, st.Mode)
 	}
@@ -183,30 +186,34 @@ func fill(t *testing.T, y yard, o Options) {
 }
 
 // FuzzServe feeds the server bytes as a guest would that has taken over its kernel. Whatever they are: nothing outside the tree is
-// changed or shown, nothing panics, a read-only tree stays as it is, and no descriptor stays behind.
+// changed or shown, nothing panics, a read-only tree stays as it is, a quota is charged what is there, and no descriptor stays behind.
 func FuzzServe(f *testing.F) {
 	whole := conversation()
-	f.Add(whole, true, false)
-	f.Add(whole, false, false)
-	f.Add(whole, true, true)
+	f.Add(whole, true, false, false)
+	f.Add(whole, false, false, false)
+	f.Add(whole, true, true, false)
+	f.Add(whole, false, false, true)
 	for _, head := range [][]byte{
 		[]byte("\xff\xff\xff\xff\x01\x00\x00\x00"), []byte("\xfc\xff\xff\xff\x01\x00\x00\x00"), []byte("\x00\x00\x00\x00\xff\xff\x00\x00"),
 		[]byte("\x08\x00\x00\x00\x03\x00\x00\x00\x01"), []byte("\x00\x00\x00\x00\x00\x00\x00\x00"),
 	} {
-		f.Add(slices.Concat(message(lisafs.Mount), head), false, false)
+		f.Add(slices.Concat(message(lisafs.Mount), head), false, false, false)
 	}
 	limitFiles(f)
 	var caught panics
 	was := log.Log()
 	log.SetTarget(&caught)
 	f.Cleanup(func() { log.SetTarget(was.Emitter) })
-	f.Fuzz(func(t *testing.T, data []byte, host, readOnly bool) {
+	f.Fuzz(func(t *testing.T, data []byte, host, readOnly, quota bool) {
 		if len(data) > 1<<16 || absurd(data) {
 			t.Skip()
 		}
 		o := Options{Host: host, ReadOnly: readOnly, IDOffset: uint32(os.Geteuid())}
 		y := newYard(t)
 		fill(t, y, o)
+		if quota && !host {
+			o.Quota = bounded(t, y, mib).Quota
+		}
 		before := ""
 		if readOnly {
 			before = describe(t, y.root)
@@ -226,6 +233,9 @@ func FuzzServe(f *testing.F) {
 		}
 		if !host {
 			checkStored(t, y.root)
+		}
+		if o.Quota != nil {
+			exact(t, o.Quota, y.root)
 		}
 	})
 }

@@ -60,9 +60,12 @@ func operations(p *peer) map[string]func() error {
 func TestOutOfDescriptors(t *testing.T) {
 	var was unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
-	for name, o := range map[string]Options{"layer": {}, "volume": volume()} {
+	for name, o := range map[string]Options{"layer": {}, "volume": volume(), "bounded": {Quota: NewQuota(mib)}} {
 		t.Run(name, func(t *testing.T) {
 			y := newYard(t)
+			if o.Quota != nil {
+				count(t, o.Quota, y.root)
+			}
 			p := newPeer(t, y.root, o)
 			p.put("file", "content")
 			p.mkdir("dir")
@@ -101,6 +104,10 @@ func TestOutOfDescriptors(t *testing.T) {
 					}
 					must(t, p.root.UnlinkAt(p.ctx, "new", flags))
 				}
+			}
+			if o.Quota != nil {
+				p.close()
+				exact(t, o.Quota, y.root)
 			}
 		})
 	}

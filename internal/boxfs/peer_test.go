@@ -136,6 +136,8 @@ type peer struct {
 	c    *lisafs.Client
 	root lisafs.ClientFD
 	done <-chan error
+
+	bounded bool // the tree has a quota
 }
 
 func newPeer(t testing.TB, root string, o Options) *peer {
@@ -145,7 +147,7 @@ func newPeer(t testing.TB, root string, o Options) *peer {
 	must(t, err)
 	c, inode, _, err := lisafs.NewClient(sock)
 	must(t, err)
-	p := &peer{t: t, ctx: context.Background(), c: c, root: c.NewFD(inode.ControlFD), done: done}
+	p := &peer{t: t, ctx: context.Background(), c: c, root: c.NewFD(inode.ControlFD), done: done, bounded: o.Quota != nil}
 	t.Cleanup(p.close)
 	return p
 }
@@ -207,11 +209,19 @@ func (p *peer) putMode(name, content string, mode uint16) lisafs.ClientFD {
 	if err != nil {
 		p.t.Fatalf("create %s: %v", name, err)
 	}
-	if donated < 0 {
+	switch {
+	case p.bounded && donated >= 0:
+		p.t.Fatalf("create %s: a descriptor left a tree with a quota", name)
+	case p.bounded:
+		open := p.c.NewFD(id)
+		_, err = open.Write(p.ctx, []byte(content), 0)
+	case donated < 0:
 		p.t.Fatalf("create %s: no descriptor came with it", name)
+	default:
+		defer unix.Close(donated)
+		_, err = unix.Pwrite(donated, []byte(content), 0)
 	}
-	defer unix.Close(donated)
-	if _, err := unix.Pwrite(donated, []byte(content), 0); err != nil {
+	if err != nil {
 		p.t.Fatalf("write %s: %v", name, err)
 	}
 	p.c.CloseFD(p.ctx, id, true)

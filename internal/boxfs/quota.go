@@ -69,12 +69,12 @@ func blocks(size int64) int64 {
 
 // chargeAttrs is what the guest's attributes of an object take.
 func chargeAttrs(path string) int64 {
-	n, err := unix.Llistxattr(path, nil)
+	n, err := unix.Listxattr(path, nil)
 	if err != nil || n == 0 {
 		return 0
 	}
 	buf := make([]byte, n)
-	if n, err = unix.Llistxattr(path, buf); err != nil {
+	if n, err = unix.Listxattr(path, buf); err != nil {
 		return 0
 	}
 	var sum int64
@@ -87,7 +87,7 @@ func chargeAttrs(path string) int64 {
 }
 
 func attrCharge(path, key string) int64 {
-	n, err := unix.Lgetxattr(path, key, nil)
+	n, err := unix.Getxattr(path, key, nil)
 	if err != nil {
 		return 0
 	}
@@ -126,15 +126,16 @@ func (q *Quota) add(n int64) {
 
 // overdrawn reports an error when the overdraft is used up, too.
 func (q *Quota) overdrawn() error {
-	if q == nil {
-		return nil
-	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.used-overdraft > q.size {
+	if q != nil && q.charged()-overdraft > q.size {
 		return unix.ENOSPC
 	}
 	return nil
+}
+
+func (q *Quota) charged() int64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.used
 }
 
 // hold notes that a descriptor of an object is open.
@@ -366,6 +367,14 @@ func (q *Quota) losing(dir int, name string, change func() error) error {
 		return err
 	}
 	defer unix.Close(fd)
+	return q.losingOpen(fd, change)
+}
+
+// losingOpen is losing for an object that is open.
+func (q *Quota) losingOpen(fd int, change func() error) error {
+	if q == nil {
+		return change()
+	}
 	i := q.hold(fd)
 	defer q.letGo(i, fd)
 	i.mu.Lock()
@@ -374,7 +383,7 @@ func (q *Quota) losing(dir int, name string, change func() error) error {
 	if err := unix.Fstat(fd, &was); err != nil {
 		return err
 	}
-	err = change()
+	err := change()
 	if serr := unix.Fstat(fd, &now); serr != nil {
 		return errors.Join(err, serr)
 	}
@@ -384,9 +393,7 @@ func (q *Quota) losing(dir int, name string, change func() error) error {
 
 // statFS is what the guest sees of a file system of the quota's size. No more of it is free than on the host.
 func (q *Quota) statFS(s lisafs.StatFS) lisafs.StatFS {
-	q.mu.Lock()
-	free := uint64(max(q.size-q.used, 0)) / chargeBlock
-	q.mu.Unlock()
+	free := uint64(max(q.size-q.charged(), 0)) / chargeBlock
 	host := s.BlocksAvailable * uint64(s.BlockSize) / chargeBlock
 	s.BlockSize = chargeBlock
 	s.Blocks = uint64(q.size) / chargeBlock
@@ -444,7 +451,10 @@ func measure(root int) (int64, error) {
 				}
 				linked[key] = true
 			}
-			sum += charge(&st) + chargeAttrs(procPath(fd)+"/"+e.name)
+			sum += charge(&st)
+			if st.Mode&unix.S_IFMT == unix.S_IFREG { // a link is none of ours, and leads elsewhere
+				sum += chargeAttrs(procPath(fd) + "/" + e.name)
+			}
 		})
 		stack = append(stack, l)
 		return errors.Join(err, failed)
