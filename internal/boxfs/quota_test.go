@@ -490,7 +490,7 @@ func TestQuotaIsWhatIsThere(t *testing.T) {
 				}
 				var wg sync.WaitGroup
 				for n := range int64(at) {
-					wg.Go(func() { p.anything(rand.New(rand.NewSource(seed*100 + n)), 600) })
+					wg.Go(func() { p.anything(rand.New(rand.NewSource(seed*100+n)), 600) })
 				}
 				wg.Wait()
 				if o.Quota.charged() > 300<<10+64<<10 {

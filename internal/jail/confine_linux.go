@@ -26,6 +26,7 @@ const (
 	layerEnv         = "empty environment"
 	layerSession     = "own session"
 	layerDescriptors = "closed descriptors"
+	layerHidden      = "files with a quota only through their server"
 	layerLimits      = "rlimits"
 	layerCaps        = "capabilities"
 	layerUID         = "unprivileged host uid"
@@ -70,6 +71,9 @@ func confine(o *order) ([]Layer, error) {
 	}
 	for _, name := range []string{layerRoot, layerReadOnly, layerNosuid, layerEnv, layerSession, layerDescriptors} {
 		layers = append(layers, Layer{Name: name, Active: true})
+	}
+	if slices.ContainsFunc(o.Servers, func(s FileServer) bool { return s.Quota > 0 }) {
+		layers = append(layers, Layer{Name: layerHidden, Active: true})
 	}
 	for i := range layers {
 		if o.off(layers[i].Name) {

@@ -57,6 +57,9 @@ func live(o *order, serve ServeFunc, enc *json.Encoder) (int, error) {
 		}
 		roots[i] = f
 	}
+	if err := o.hide(roots); err != nil {
+		return 0, err
+	}
 	// Before the rights to do so are given up.
 	for _, path := range o.Program.Opens {
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -229,6 +232,25 @@ func buildRoot(o *order) error {
 		return err
 	}
 	return setAttr("/", unix.MOUNT_ATTR_RDONLY)
+}
+
+// hide takes the directories with a quota out of the jail's tree. The server has hold of them, and its program, which may have the same
+// uid, could otherwise write to them by their paths.
+func (o *order) hide(roots []*os.File) error {
+	for i, s := range o.Servers {
+		if s.Quota == 0 || o.off(layerHidden) {
+			continue
+		}
+		if err := unix.Unmount(s.Root, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("hide %s: %w", s.Root, err)
+		}
+		for j := range o.Binds {
+			if o.Binds[j].Target == s.Root {
+				o.Binds[j].Target = "/proc/self/fd/" + strconv.Itoa(int(roots[i].Fd()))
+			}
+		}
+	}
+	return nil
 }
 
 func mountBase() (string, error) {

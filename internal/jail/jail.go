@@ -77,7 +77,8 @@ type FileServer struct {
 	Root     string   `json:"root"`           // path in the jail
 	Host     bool     `json:"host,omitempty"` // a volume of the host's: passed through as it is; otherwise files of a box's own
 	ReadOnly bool     `json:"read_only,omitempty"`
-	// Quota is what all servers of the jail that have one may take together, in bytes; 0: no bound, and what it takes is not counted.
+	// Quota is what all servers of the jail that have one may take together, in bytes; 0: no bound, and what it takes is not counted. The
+	// program cannot reach the files of one that has, but through it.
 	Quota int64 `json:"quota,omitempty"`
 }
 

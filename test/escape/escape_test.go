@@ -33,6 +33,7 @@ const (
 	readOnly    = "read-only programs and images"
 	nosuid      = "nosuid mounts"
 	descriptors = "closed descriptors"
+	hidden      = "files with a quota only through their server"
 	rlimits     = "rlimits"
 	caps        = "capabilities"
 	uid         = "unprivileged host uid"
@@ -41,6 +42,9 @@ const (
 	landlock    = "landlock"
 	seccomp     = "seccomp"
 )
+
+// pastServer is stopped in boxes with a quota only.
+const pastServer = "write to the box's files past their server"
 
 // layers is a set of layers that must all be left out for an attempt to get through: each of them stops it by itself.
 type layers []string
@@ -77,6 +81,7 @@ func stopped() map[string][2]ways {
 		// The filter and Landlock set no_new_privs themselves. Root is nobody in an ordinary user's namespace, nor are its programs.
 		"run a setuid program as another user":      {{{nosuid, noNewPrivs, landlock, seccomp}}, nil},
 		"raise a limit":                             same(rlimits),
+		pastServer:                                  same(hidden),
 		"mount":                                     {{{caps, uid, landlock, seccomp}}, {{caps, landlock, seccomp}}},
 		"make a user namespace by unshare":          same(seccomp),
 		"make a user namespace by clone":            same(seccomp),
@@ -133,6 +138,9 @@ func escapeAs(t *testing.T, programs programs, as, column int) {
 	needed := map[string]ways{}
 	sets := map[string]layers{}
 	for name, both := range stopped() {
+		if name == pastServer {
+			continue
+		}
 		needed[name] = both[column]
 		for _, l := range needed[name] {
 			sets[key(l)] = l
@@ -149,6 +157,19 @@ func escapeAs(t *testing.T, programs programs, as, column int) {
 		with := *c
 		with.name, with.box = "volume", c.volumeBox
 		with.judge(t, with.attempt(t, programs.real), needed, nil)
+	})
+	bounded := *c
+	bounded.name, bounded.box = "quota", c.quotaBox
+	withQuota := maps.Clone(needed)
+	withQuota[pastServer] = stopped()[pastServer][column]
+	t.Run("as it is, with a quota", func(t *testing.T) {
+		bounded.judge(t, bounded.attempt(t, programs.real), withQuota, nil)
+	})
+	t.Run("without "+hidden+", with a quota", func(t *testing.T) {
+		if err := os.WriteFile(programs.test+".without", []byte(hidden), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		bounded.judge(t, bounded.attempt(t, programs.test), withQuota, layers{hidden})
 	})
 	for _, k := range slices.Sorted(maps.Keys(sets)) {
 		t.Run("without "+k, func(t *testing.T) {
@@ -224,6 +245,7 @@ type cell struct {
 	name      string
 	box       string // directory
 	volumeBox string // another box', which has a writable volume
+	quotaBox  string // and one with a quota
 	plan      Plan
 	leaked    *os.File
 	setuid    []byte
@@ -236,7 +258,7 @@ func newCell(t *testing.T, programs programs, as int) *cell {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		for _, name := range []string{"prisoner", "volume", "other"} {
+		for _, name := range []string{"prisoner", "volume", "quota", "other"} {
 			if out, err := c.coffer(programs.real, "rm", "-f", "-v", name); err != nil {
 				t.Errorf("remove %s: %v: %s", name, err, out)
 			}
@@ -252,10 +274,11 @@ func newCell(t *testing.T, programs programs, as int) *cell {
 	must("run", "--name", "other", "base", "sh", "-c", "echo secret > /root/secret")
 	must("create", "--name", "prisoner", "base", "true")
 	must("create", "--name", "volume", "-v", c.volume(t)+":/data", "base", "true")
+	must("create", "--name", "quota", "--disk-size", "20m", "base", "true")
 	dir := func(name string) string {
 		return filepath.Join(c.home, "boxes", must("inspect", "-f", "{{.ID}}", name))
 	}
-	c.box, c.volumeBox = dir("prisoner"), dir("volume")
+	c.box, c.volumeBox, c.quotaBox = dir("prisoner"), dir("volume"), dir("quota")
 	c.plan = Plan{
 		OtherFile: filepath.Join(dir("other"), "state/upper/root/secret"), Database: filepath.Join(c.home, "state.db"),
 		Mark: "bystander-of-" + filepath.Base(c.home), Namespaces: map[string]string{},
@@ -372,6 +395,9 @@ func (c *cell) attempt(t *testing.T, program string) map[string]Outcome {
 	var got map[string]Outcome
 	if err := json.Unmarshal([]byte(report), &got); err != nil {
 		t.Fatalf("the prisoner's report: %v\n%s", err, log)
+	}
+	if c.name != "quota" {
+		delete(got, pastServer) // there is nothing to be had that the server does not give
 	}
 	return got
 }

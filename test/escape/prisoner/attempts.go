@@ -49,6 +49,12 @@ func attempts() []attempt {
 		{"have a descriptor that was not given", strayDescriptor},
 		{"have a descriptor of the starting command", inheritedDescriptor},
 		{"run a setuid program as another user", runSetuid},
+		{"write to the box's files past their server", func(*prisoner) (string, error) {
+			const path = "/state/past"
+			err := os.WriteFile(path, []byte("x"), 0o600)
+			_ = os.Remove(path)
+			return "", err
+		}},
 		{"raise a limit", func(*prisoner) (string, error) {
 			return "", unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{Cur: 1, Max: 1})
 		}},
