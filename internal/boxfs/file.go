@@ -244,7 +244,7 @@ func (f *file) create(name string, typ uint32, m meta, content string) (int, err
 	if f.t.reserved(name) {
 		return -1, unix.EPERM
 	}
-	return f.t.o.Quota.making(f.fd, chargeBlock+blocks(int64(len(content))), func() (int, error) {
+	return f.t.o.Quota.making(f.fd, name, chargeBlock+blocks(int64(len(content))), func() (int, error) {
 		// It gets its name only when it is whole: a server may be killed between any two steps.
 		tmp := tmpName()
 		fd, err := makeTemp(f.fd, tmp, typ, m, content)
@@ -395,7 +395,7 @@ func (f *file) Mkdir(mode linux.FileMode, uid lisafs.UID, gid lisafs.GID, name s
 		}
 		return f.finish(fd, name)
 	}
-	fd, err := f.t.o.Quota.making(f.fd, 2*chargeBlock, func() (int, error) { return f.makeDir(name, newMeta(mode, uid, gid)) })
+	fd, err := f.t.o.Quota.making(f.fd, name, 2*chargeBlock, func() (int, error) { return f.makeDir(name, newMeta(mode, uid, gid)) })
 	if err != nil {
 		return nil, lisafs.Statx{}, err
 	}
@@ -487,7 +487,7 @@ func (f *file) Link(dir lisafs.ControlFDImpl, name string) (*lisafs.ControlFD, l
 	if d.t.reserved(name) {
 		return nil, lisafs.Statx{}, unix.EPERM
 	}
-	if err := f.t.o.Quota.linking(d.fd, func() error {
+	if err := f.t.o.Quota.linking(d.fd, name, func() error {
 		return unix.Linkat(unix.AT_FDCWD, procPath(f.fd), d.fd, name, unix.AT_SYMLINK_FOLLOW)
 	}); err != nil {
 		return nil, lisafs.Statx{}, err

@@ -315,14 +315,14 @@ func dirSizes(dirs []int) int64 {
 	return sum
 }
 
-// making runs the making of an object, in a directory, that takes about cost bytes.
-func (q *Quota) making(dir int, cost int64, mk func() (int, error)) (int, error) {
+// making runs the making of an object, under a name of a directory, that takes about cost bytes.
+func (q *Quota) making(dir int, name string, cost int64, mk func() (int, error)) (int, error) {
 	if q == nil {
 		return mk()
 	}
 	fd := -1
 	return fd, q.naming([]int{dir}, func() (err error) {
-		if err := q.take(cost); err != nil {
+		if err := q.takeFor(dir, name, cost); err != nil {
 			return err
 		}
 		if fd, err = mk(); err != nil {
@@ -337,13 +337,23 @@ func (q *Quota) making(dir int, cost int64, mk func() (int, error)) (int, error)
 	})
 }
 
+// takeFor is take for a new name. That it is there already is what programs that make sure of a directory, say, want to hear first.
+func (q *Quota) takeFor(dir int, name string, n int64) error {
+	err := q.take(n)
+	var st unix.Stat_t
+	if err != nil && unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
+		return unix.EEXIST
+	}
+	return err
+}
+
 // linking runs the making of one more name of an object in a directory.
-func (q *Quota) linking(dir int, link func() error) error {
+func (q *Quota) linking(dir int, name string, link func() error) error {
 	return q.naming([]int{dir}, func() error {
 		if q == nil {
 			return link()
 		}
-		if err := q.take(chargeLink); err != nil {
+		if err := q.takeFor(dir, name, chargeLink); err != nil {
 			return err
 		}
 		err := link()

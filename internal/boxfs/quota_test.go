@@ -124,6 +124,12 @@ func TestQuota(t *testing.T) {
 	wants(t, "write to what is full", err, unix.ENOSPC)
 	_, _, err = p.file(p.root, "g")
 	wants(t, "create", err, unix.ENOSPC)
+	_, _, err = p.file(p.root, "f")
+	wants(t, "create what is there", err, unix.EEXIST)
+	_, err = p.root.MkdirAt(p.ctx, "f", 0o700, 0, 0)
+	wants(t, "mkdir what is there", err, unix.EEXIST)
+	_, err = p.root.LinkAt(p.ctx, f.ID(), "f")
+	wants(t, "link to what is there", err, unix.EEXIST)
 	must(t, p.root.StatFSTo(p.ctx, &now))
 	if now.BlocksFree != 0 || now.BlocksAvailable != 0 || now.FilesFree != 0 || now.Blocks != was.Blocks {
 		t.Errorf("%+v", now)

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -127,6 +128,11 @@ func TestRealWork(t *testing.T) {
 		}
 		t.Run(ref, func(t *testing.T) { realWork(t, h, ref) })
 	}
+	// Where the box's kernel holds the pages of files itself.
+	t.Run("with a quota", func(t *testing.T) {
+		realWork(t, h, "debian-test:oci", "--disk-size", "1g")
+		mappedWork(t, h, "debian-test:oci")
+	})
 	t.Run("gigabyte", func(t *testing.T) { gigabyte(t, h) })
 }
 
@@ -235,8 +241,8 @@ print(oct(d.st_mode), d.st_uid, d.st_gid, stat.S_ISCHR(n.st_mode), os.major(n.st
 print(os.path.exists('/etc/issue'), os.path.exists('/etc/issue.net'))
 `
 
-func realWork(t *testing.T, h *home, ref string) {
-	h.run("run", "-d", "--name", "w", ref, "sleep", "10000")
+func realWork(t *testing.T, h *home, ref string, flags ...string) {
+	h.run(slices.Concat([]string{"run", "-d", "--name", "w"}, flags, []string{ref, "sleep", "10000"})...)
 	defer h.run("rm", "-f", "w")
 	if got := h.run("exec", "w", "python3", "-c", pyWork); got != "20 3" {
 		t.Errorf("python: %q", got)
@@ -284,6 +290,83 @@ func realWork(t *testing.T, h *home, ref string) {
 	h.run("start", "w")
 	if got := h.run("exec", "w", "sh", "-c", "/root/a; sqlite3 /root/work.db 'select count(*) from t'"); got != "compiled\n20" {
 		t.Errorf("after a restart: %q", got)
+	}
+}
+
+// pyMapped writes to files through mappings, in holes and over what is there, and has several processes write to one database by a
+// mapped index.
+const pyMapped = `
+import errno, mmap, multiprocessing, os, sqlite3, sys
+top = sys.argv[1]
+size = 4 << 20
+with open(top + '/holes', 'w+b') as f:
+    f.truncate(size)
+    with mmap.mmap(f.fileno(), size) as m:
+        for i in range(0, size, 4096):
+            m[i:i + 4] = (i >> 12).to_bytes(4, 'big')
+with open(top + '/read-first', 'w+b') as f:
+    f.truncate(size)
+    with mmap.mmap(f.fileno(), size) as m:
+        assert m[:] == bytes(size)
+        f.write(b'written')
+        f.flush()
+        assert m[:7] == b'written'
+        m[size - 3:] = b'end'
+        assert os.pread(f.fileno(), 3, size - 3) == b'end'
+def insert(i):
+    db = sqlite3.connect(top + '/wal.db', timeout=60)
+    for k in range(50):
+        db.execute('insert into t values (?)', (i * 1000 + k,))
+        db.commit()
+db = sqlite3.connect(top + '/wal.db')
+assert db.execute('pragma journal_mode=wal').fetchone() == ('wal',)
+db.execute('create table t (x integer unique)')
+db.commit()
+ps = [multiprocessing.Process(target=insert, args=(i,)) for i in range(4)]
+[p.start() for p in ps]
+[p.join() for p in ps]
+print(db.execute('select count(*) from t').fetchone()[0], db.execute('pragma integrity_check').fetchone()[0])
+# A mapping has room for all of it, or there is none to be had.
+with open(top + '/large', 'w+b') as f:
+    for grow in (lambda: f.truncate(1 << 40), lambda: os.posix_fallocate(f.fileno(), 0, 1 << 40), lambda: os.pwrite(f.fileno(), b'x', 1 << 40)):
+        try:
+            grow()
+        except OSError as e:
+            print(errno.errorcode[e.errno])
+`
+
+const pyLookMapped = `
+import sqlite3, sys
+top = sys.argv[1]
+holes, read = open(top + '/holes', 'rb').read(), open(top + '/read-first', 'rb').read()
+print(len(holes), sum(int.from_bytes(holes[i:i + 4], 'big') != i >> 12 for i in range(0, len(holes), 4096)))
+print(len(read), read[:7].decode(), read[-3:].decode())
+print(sqlite3.connect(top + '/wal.db').execute('select count(*) from t').fetchone()[0])
+`
+
+// mappedWork maps files of a box with a quota, of which the last must not be lost when there is no room.
+func mappedWork(t *testing.T, h *home, ref string) {
+	h.run("run", "-d", "--name", "m", "--disk-size", "40m", "-v", "/anon", ref, "sleep", "10000")
+	defer h.run("rm", "-f", "-v", "m")
+	for _, dir := range []string{"/root", "/anon"} {
+		if got := h.run("exec", "m", "python3", "-c", pyMapped, dir); got != "200 ok\nENOSPC\nENOSPC\nENOSPC" {
+			t.Errorf("in %s: %q", dir, got)
+		}
+	}
+	// With the box full, what is mapped already can be written to and is kept all the same.
+	h.try("exec", "m", "dd", "if=/dev/zero", "of=/root/full", "bs=4k")
+	const late = "import mmap\nf = open('/root/holes', 'r+b')\nm = mmap.mmap(f.fileno(), 0)\nm[100:104] = b'late'\n"
+	h.run("exec", "m", "python3", "-c", late)
+	h.run("stop", "-t", "5", "m")
+	h.run("start", "m")
+	h.run("exec", "m", "rm", "/root/full") // to read a database SQLite makes files
+	for _, dir := range []string{"/root", "/anon"} {
+		if got := h.run("exec", "m", "python3", "-c", pyLookMapped, dir); got != "4194304 0\n4194304 written end\n200" {
+			t.Errorf("in %s after a restart: %q", dir, got)
+		}
+	}
+	if got := h.run("exec", "m", "sh", "-c", "dd if=/root/holes bs=1 skip=100 count=4 2>/dev/null"); got != "late" {
+		t.Errorf("what was written last: %q", got)
 	}
 }
 
