@@ -173,7 +173,8 @@ func TestErrors(t *testing.T) {
 	}
 	bad := []coffer.Spec{
 		{}, {Image: "base", Name: "../x"}, {Image: "base", Name: "a/b"}, {Image: "base", Memory: -1}, {Image: "base", Memory: 1000},
-		{Image: "base", CPUs: -2}, {Image: "base", CPUs: 1e9}, {Image: "base", PIDs: -1}, {Image: "base", StopSignal: "SIGNOPE"},
+		{Image: "base", CPUs: -2}, {Image: "base", CPUs: 1e9}, {Image: "base", PIDs: -1}, {Image: "base", DiskSize: -1},
+		{Image: "base", DiskSize: 1000}, {Image: "base", StopSignal: "SIGNOPE"},
 		{Image: "base", Dir: "rel"}, {Image: "base", Engine: "warp"}, {Image: "base", Restart: coffer.Restart{Policy: "maybe"}},
 		{Image: "base", Volumes: []coffer.Volume{{Source: "/does/not/exist", Target: "/x"}}},
 		{Image: "base", Volumes: []coffer.Volume{{Source: "/tmp", Target: "relative"}}}, {Image: "base", Timeout: -1},
