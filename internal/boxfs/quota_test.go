@@ -130,6 +130,10 @@ func TestQuota(t *testing.T) {
 	wants(t, "mkdir what is there", err, unix.EEXIST)
 	_, err = p.root.LinkAt(p.ctx, f.ID(), "f")
 	wants(t, "link to what is there", err, unix.EEXIST)
+	rest := mib - o.Quota.charged() // less than a block
+	o.Quota.add(rest)
+	wants(t, "set an attribute", f.SetXattr(p.ctx, "user.a", "v", 0), unix.ENOSPC)
+	o.Quota.add(-rest)
 	must(t, p.root.StatFSTo(p.ctx, &now))
 	if now.BlocksFree != 0 || now.BlocksAvailable != 0 || now.FilesFree != 0 || now.Blocks != was.Blocks {
 		t.Errorf("%+v", now)
@@ -445,6 +449,63 @@ func TestQuotaWhiteouts(t *testing.T) {
 		must(t, p.root.UnlinkAt(p.ctx, fmt.Sprint("white", i), 0))
 	}
 	unix.Close(tr.root)
+	p.close()
+	exact(t, o.Quota, y.root)
+}
+
+// TestQuotaOfOneFileAtOnce changes the size of a file by two of its names, which the protocol's own locks take for two files.
+func TestQuotaOfOneFileAtOnce(t *testing.T) {
+	y := newYard(t)
+	o := bounded(t, y, mib)
+	p := newPeer(t, y.root, o)
+	must(t, p.c.StartChannels())
+	f := p.put("a", "")
+	_, err := p.root.LinkAt(p.ctx, f.ID(), "b")
+	must(t, err)
+	var wg sync.WaitGroup
+	for _, name := range []string{"a", "b"} {
+		wg.Go(func() {
+			f, _ := p.at(name)
+			id, _, err := f.OpenAt(p.ctx, unix.O_RDWR)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			open := p.c.NewFD(id)
+			for range 3000 {
+				if _, err := open.Write(p.ctx, []byte("x"), 10000); err != nil {
+					t.Error(err)
+				}
+				if err := p.resize(f, 0); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	p.close()
+	exact(t, o.Quota, y.root)
+}
+
+// TestQuotaOfWhatIsGone: between a walk's opening of a file and its note of that, the file may lose its name.
+func TestQuotaOfWhatIsGone(t *testing.T) {
+	y := newYard(t)
+	o := bounded(t, y, mib)
+	p := newPeer(t, y.root, o)
+	p.closeAll(p.put("f", strings.Repeat("x", 10000)))
+	fd, err := unix.Open(filepath.Join(y.root, "f"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	must(t, err)
+	defer unix.Close(fd)
+	had := o.Quota.charged()
+	must(t, p.root.UnlinkAt(p.ctx, "f", 0))
+	if gone := had - o.Quota.charged(); gone != 4096+12288 {
+		t.Errorf("%d given back", gone)
+	}
+	i := o.Quota.hold(fd)
+	if o.Quota.charged() != had {
+		t.Errorf("charged %d for what is open, was %d", o.Quota.charged(), had)
+	}
+	o.Quota.letGo(i, fd)
 	p.close()
 	exact(t, o.Quota, y.root)
 }
