@@ -69,12 +69,13 @@ func blocks(size int64) int64 {
 
 // chargeAttrs is what the guest's attributes of an object take.
 func chargeAttrs(path string) int64 {
-	n, err := unix.Listxattr(path, nil)
-	if err != nil || n == 0 {
-		return 0
+	buf := make([]byte, 256) // most have one, of ours
+	n, err := unix.Listxattr(path, buf)
+	if errors.Is(err, unix.ERANGE) {
+		buf = make([]byte, 65536)
+		n, err = unix.Listxattr(path, buf)
 	}
-	buf := make([]byte, n)
-	if n, err = unix.Listxattr(path, buf); err != nil {
+	if err != nil {
 		return 0
 	}
 	var sum int64
