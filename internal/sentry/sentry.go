@@ -266,8 +266,8 @@ func controlListener() (int, error) {
 	return s, nil
 }
 
-// startRequest connects to the control server now, while system calls are still unfiltered, and returns the call that starts
-// the agent. gVisor has no other entrance to it than this request.
+// startRequest connects to the control server now, while system calls are still unfiltered, and returns the calls that give the box
+// its loopback and start the agent. gVisor has no other entrance to either than these requests.
 func startRequest(listener int, id string) (func() error, error) {
 	sa, err := unix.Getsockname(listener)
 	if err != nil {
@@ -281,6 +281,10 @@ func startRequest(listener int, id string) (func() error, error) {
 	client := urpc.NewClient(sock)
 	return func() error {
 		defer client.Close()
+		network := boot.CreateLinksAndRoutesArgs{LoopbackLinks: []boot.LoopbackLink{boot.DefaultLoopbackLink}}
+		if err := client.Call(boot.ContMgrSetNetworkArgs, &network, nil); err != nil {
+			return fmt.Errorf("loopback: %w", err)
+		}
 		return client.Call(boot.ContMgrRootContainerStart, &id, nil)
 	}, nil
 }
