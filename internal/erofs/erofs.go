@@ -50,7 +50,7 @@ type Extent struct {
 type Node struct {
 	Mode     uint16 // type and permissions, set-id and sticky bits included
 	UID, GID uint32
-	ModTime  time.Time // times before 1970 are stored as 1970
+	ModTime  time.Time // the zero time is stored as 1970
 	Major    uint32    // of a device
 	Minor    uint32
 	Target   string           // of a symbolic link

@@ -238,7 +238,7 @@ func (n *Node) inode(b []byte) []byte {
 		}
 	}
 	sec, nsec := n.ModTime.Unix(), n.ModTime.Nanosecond()
-	if n.ModTime.IsZero() || sec < 0 {
+	if n.ModTime.IsZero() {
 		sec, nsec = 0, 0
 	}
 	b = le.AppendUint16(b, formatExtended|layout)
@@ -250,7 +250,7 @@ func (n *Node) inode(b []byte) []byte {
 	b = le.AppendUint32(b, n.ino)
 	b = le.AppendUint32(b, n.UID)
 	b = le.AppendUint32(b, n.GID)
-	b = le.AppendUint64(b, uint64(sec))
+	b = le.AppendUint64(b, uint64(sec)) // Linux and gVisor read it as signed
 	b = le.AppendUint32(b, uint32(nsec))
 	b = le.AppendUint32(b, n.nlink)
 	b = append(b, zeros[:16]...)

@@ -236,9 +236,9 @@ func mergeCases() map[string]struct {
 			map[string]seen{"b": file(0o644, "one")},
 		},
 		"modes, owners, times": {
-			[][]ent{{{name: "suid", mode: 0o4755, body: "x", uid: 70000, gid: 4000000000, mtime: 1700000000}, {name: "sgid", mode: 0o2755}, {name: "none", mode: 0o1000}}},
+			[][]ent{{{name: "suid", mode: 0o4755, body: "x", uid: 70000, gid: 4000000000, mtime: 1700000000}, {name: "sgid", mode: 0o2755}, {name: "none", mode: 0o1000}, {name: "old", mtime: -86400}}},
 			map[string]seen{"suid": {Mode: reg | 0o4755, UID: 70000, GID: 4000000000, Mtime: 1700000000, Nlink: 1, Size: 1, Sum: sum([]byte("x"))},
-				"sgid": file(0o2755, ""), "none": file(0o1000, "")},
+				"sgid": file(0o2755, ""), "none": file(0o1000, ""), "old": {Mode: reg | 0o644, Mtime: -86400, Nlink: 1, Sum: sum(nil)}},
 		},
 		"devices and pipes": {
 			[][]ent{{{name: "dev/null", typ: tar.TypeChar, mode: 0o666, maj: 1, min: 3}, {name: "dev/big", typ: tar.TypeBlock, mode: 0o660, maj: 259, min: 70000}, {name: "p", typ: tar.TypeFifo, mode: 0o600}}},
