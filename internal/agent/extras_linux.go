@@ -28,10 +28,14 @@ func (b *boxRoot) Extras(e wire.Extras) ([]string, error) {
 }
 
 // imageDevice makes a device of the image. gVisor shows none with its number: a character device without one is a deleted file to its
-// overlay, and a block device is there, and is none.
+// overlay, and a block device is there, and is none. The times, its and its directory's, stay those of the image.
 func (b *boxRoot) imageDevice(dirs *dirCache, d wire.SetupDevice) error {
 	p, err := b.file(dirs, d.Path)
 	if err != nil {
+		return err
+	}
+	var dir unix.Stat_t
+	if err := unix.Stat(dirs.resolved, &dir); err != nil {
 		return err
 	}
 	dev := int(unix.Mkdev(d.Major, d.Minor))
@@ -49,7 +53,11 @@ func (b *boxRoot) imageDevice(dirs *dirCache, d wire.SetupDevice) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(os.Lchown(p, int(d.UID), int(d.GID)), unix.Chmod(p, d.Mode&0o7777))
+	return errors.Join(os.Lchown(p, int(d.UID), int(d.GID)), unix.Chmod(p, d.Mode&0o7777), setMtime(p, unix.Timespec{Sec: d.Sec, Nsec: d.Nsec}), setMtime(dirs.resolved, dir.Mtim))
+}
+
+func setMtime(path string, t unix.Timespec) error {
+	return unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{{Nsec: unix.UTIME_OMIT}, t}, unix.AT_SYMLINK_NOFOLLOW)
 }
 
 func (b *boxRoot) setXattr(dirs *dirCache, x wire.SetupXattr) error {

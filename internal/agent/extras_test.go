@@ -13,7 +13,7 @@ import (
 	"github.com/coffer-box/coffer/internal/wire"
 )
 
-// TestImageDevices: what gVisor shows of a device of the image gives way to the device itself.
+// TestImageDevices: what gVisor shows of a device of the image gives way to the device itself, and no time changes.
 func TestImageDevices(t *testing.T) {
 	root := t.TempDir()
 	if err := unix.Mknod(root+"/probe", unix.S_IFBLK, int(unix.Mkdev(7, 7))); err != nil {
@@ -24,8 +24,13 @@ func TestImageDevices(t *testing.T) {
 	if err := errors.Join(unix.Mknod(root+"/bare", unix.S_IFBLK|0o600, 0), os.WriteFile(root+"/own", []byte("x"), 0o644)); err != nil {
 		t.Fatal(err)
 	}
+	long := unix.Timespec{Sec: 1e9, Nsec: 5}
+	if err := setMtime(root, long); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{"bare", "absent", "\xff", "own"} {
-		if err := b.imageDevice(&dirs, wire.SetupDevice{Path: []byte("/" + name), Mode: unix.S_IFBLK | 0o640, UID: 5, GID: 6, Major: 8, Minor: 1}); err != nil {
+		d := wire.SetupDevice{Path: []byte("/" + name), Mode: unix.S_IFBLK | 0o640, UID: 5, GID: 6, Sec: long.Sec, Nsec: long.Nsec, Major: 8, Minor: 1}
+		if err := b.imageDevice(&dirs, d); err != nil {
 			t.Errorf("%q: %v", name, err)
 		}
 		var st unix.Stat_t
@@ -40,6 +45,10 @@ func TestImageDevices(t *testing.T) {
 		}
 		if st.Mode != unix.S_IFBLK|0o640 || st.Uid != 5 || st.Gid != 6 || st.Rdev != unix.Mkdev(8, 1) {
 			t.Errorf("%q: mode %o, owner %d:%d, device %x", name, st.Mode, st.Uid, st.Gid, st.Rdev)
+		}
+		var dir unix.Stat_t
+		if err := unix.Stat(root, &dir); err != nil || st.Mtim != long || dir.Mtim != long {
+			t.Errorf("%q: it is of %v, its directory of %v, %v", name, st.Mtim, dir.Mtim, err)
 		}
 	}
 }

@@ -132,6 +132,8 @@ type Device struct {
 	Mode  uint32 `json:"mode"` // type and permissions
 	UID   uint32 `json:"uid,omitempty"`
 	GID   uint32 `json:"gid,omitempty"`
+	Sec   int64  `json:"sec,omitempty"` // when it was changed, since 1970
+	Nsec  int64  `json:"nsec,omitempty"`
 	Major uint32 `json:"major"`
 	Minor uint32 `json:"minor"`
 }

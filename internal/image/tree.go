@@ -481,6 +481,9 @@ func (t *tree) extras(n *erofs.Node, path []byte, told map[*erofs.Node]bool, fn 
 	}
 	if typ := n.Type(); typ == erofs.TypeChar || typ == erofs.TypeBlock {
 		x.Device = &Device{Mode: uint32(n.Mode), UID: n.UID, GID: n.GID, Major: n.Major, Minor: n.Minor}
+		if !n.ModTime.IsZero() {
+			x.Device.Sec, x.Device.Nsec = n.ModTime.Unix(), int64(n.ModTime.Nanosecond())
+		}
 	}
 	if len(x.Xattrs) > 0 || x.Device != nil {
 		x.Path = path

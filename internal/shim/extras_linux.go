@@ -71,7 +71,7 @@ func sendExtras(extras iter.Seq2[image.Extra, error], send func(wire.Extras) err
 			if err := flush(jsonSize(len(x.Path))); err != nil {
 				return nil, err
 			}
-			e.Devices = append(e.Devices, wire.SetupDevice{Path: x.Path, Mode: d.Mode, UID: d.UID, GID: d.GID, Major: d.Major, Minor: d.Minor})
+			e.Devices = append(e.Devices, wire.SetupDevice{Path: x.Path, Mode: d.Mode, UID: d.UID, GID: d.GID, Sec: d.Sec, Nsec: d.Nsec, Major: d.Major, Minor: d.Minor})
 		}
 		for _, a := range x.Xattrs {
 			if !strings.HasPrefix(a.Name, "user.") {
