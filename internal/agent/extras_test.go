@@ -24,12 +24,12 @@ func TestImageDevices(t *testing.T) {
 	if err := errors.Join(unix.Mknod(root+"/bare", unix.S_IFBLK|0o600, 0), os.WriteFile(root+"/own", []byte("x"), 0o644)); err != nil {
 		t.Fatal(err)
 	}
-	long := unix.Timespec{Sec: 1e9, Nsec: 5}
-	if err := setMtime(root, long); err != nil {
+	then := unix.Timespec{Sec: 1e9, Nsec: 5}
+	if err := setMtime(root, then); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"bare", "absent", "\xff", "own"} {
-		d := wire.SetupDevice{Path: []byte("/" + name), Mode: unix.S_IFBLK | 0o640, UID: 5, GID: 6, Sec: long.Sec, Nsec: long.Nsec, Major: 8, Minor: 1}
+		d := wire.SetupDevice{Path: []byte("/" + name), Mode: unix.S_IFBLK | 0o640, UID: 5, GID: 6, Sec: then.Sec, Nsec: then.Nsec, Major: 8, Minor: 1}
 		if err := b.imageDevice(&dirs, d); err != nil {
 			t.Errorf("%q: %v", name, err)
 		}
@@ -47,7 +47,7 @@ func TestImageDevices(t *testing.T) {
 			t.Errorf("%q: mode %o, owner %d:%d, device %x", name, st.Mode, st.Uid, st.Gid, st.Rdev)
 		}
 		var dir unix.Stat_t
-		if err := unix.Stat(root, &dir); err != nil || st.Mtim != long || dir.Mtim != long {
+		if err := unix.Stat(root, &dir); err != nil || st.Mtim != then || dir.Mtim != then {
 			t.Errorf("%q: it is of %v, its directory of %v, %v", name, st.Mtim, dir.Mtim, err)
 		}
 	}

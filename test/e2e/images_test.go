@@ -120,6 +120,9 @@ var makeImages = onceMade(func() (dir, why string, err error) {
 	if err := writeImages(at("layout"), at("base.tar"), at("layers")); err != nil {
 		return "", "", err
 	}
+	if out, err := exec.Command("chmod", "-R", "a+rX", at("layout")).CombinedOutput(); err != nil {
+		return "", "", fmt.Errorf("chmod: %w: %s", err, out)
+	}
 	// In one step, so that nobody ever finds half of it; who was first has made the same.
 	if err := os.Rename(at("layout"), dir); err != nil && !errors.Is(err, fs.ErrExist) {
 		return "", "", err
@@ -326,10 +329,12 @@ func sendImages(t *testing.T, host string, cert []byte, imgs map[string]v1.Image
 // TestRealImages pulls images of Debian's packages from Debian's registry and has each do its work.
 func TestRealImages(t *testing.T) {
 	noDocker(t)
-	imgs := layoutImages(t, imagesLayout(t))
+	p := imagesLayout(t)
+	imgs := layoutImages(t, p)
 	host, cert := debianRegistry(t)
 	refs := sendImages(t, host, cert, imgs)
 	h := customer(t, host, cert)
+	lister := listerProgram(t)
 	works := []struct {
 		name string
 		work func(*testing.T, *home, string)
@@ -357,6 +362,13 @@ func TestRealImages(t *testing.T) {
 				t.Errorf("the shared layer was there before: %v\n%s", have, steps)
 			}
 			w.work(t, h, refs[w.name])
+			if len(layers) < 3 {
+				return // the others have the same lowest layer, and of these each has all that theirs have
+			}
+			t.Run("files", func(t *testing.T) {
+				want := umociListing(t, lister, p, w.name, imgs[w.name])
+				conforms(t, boxListing(t, &home{t: t, bin: h.bin, dir: h.dir}, lister, refs[w.name]), want, nil)
+			})
 		})
 	}
 }
