@@ -55,6 +55,7 @@ type Info struct {
 	OpenStdin    bool              `json:"open_stdin"`
 	Hostname     string            `json:"hostname"`
 	Labels       map[string]string `json:"labels,omitempty"`
+	ExposedPorts []string          `json:"exposed_ports,omitempty"` // that the image says it serves, as "5432/tcp"
 	Created      time.Time         `json:"created"`
 	Started      time.Time         `json:"started,omitzero"`
 	Finished     time.Time         `json:"finished,omitzero"`
@@ -91,7 +92,7 @@ func (r *Runtime) info(b *state.Box) Info {
 	i := Info{
 		ID: b.ID, Name: b.Name, Image: s.Image, ImageID: s.ImageID, Engine: s.Engine, Status: string(b.Phase), Command: s.Main.Args,
 		Env: s.Main.Env, Dir: s.Main.Dir, User: s.Main.User, TTY: s.Main.TTY, OpenStdin: s.OpenStdin, Hostname: s.Hostname, Labels: s.Labels,
-		Created: b.CreatedAt, Started: b.StartedAt, Finished: b.FinishedAt, ExitCode: b.ExitCode, Reason: b.Reason, OOMKilled: b.OOMKilled,
+		ExposedPorts: s.Ports, Created: b.CreatedAt, Started: b.StartedAt, Finished: b.FinishedAt, ExitCode: b.ExitCode, Reason: b.Reason, OOMKilled: b.OOMKilled,
 		Error: b.Error, Generation: b.Generation, RestartCount: b.RestartCount, Restart: s.Restart, Remove: s.Remove,
 		StopSignal: signals.Name(s.StopSignal), StopTimeout: s.StopTimeout, Timeout: s.Timeout, Resources: s.Resources, ReadOnly: s.ReadOnly,
 		Tmpfs: s.Tmpfs, Volumes: s.Volumes, Health: recordedHealth(b), HealthCheck: s.Health, StateDir: files.State(), ShimLog: files.ShimLog(),

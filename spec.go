@@ -167,6 +167,7 @@ func (r *Runtime) resolve(ctx context.Context, s Spec, img image.Image, id strin
 	conf := img.Config.Config
 	b := &spec.Box{
 		Image: s.Image, ImageID: img.ID, RootfsID: img.RootfsID, Hostname: s.Hostname, Labels: map[string]string{},
+		Ports:     slices.Sorted(maps.Keys(conf.ExposedPorts)),
 		Resources: spec.Resources{Memory: s.Memory, CPUs: s.CPUs, PIDs: s.PIDs, DiskSize: s.DiskSize, BestEffort: s.BestEffort},
 		ReadOnly:  s.ReadOnly, Tmpfs: s.Tmpfs, Remove: s.Remove, Restart: s.Restart, Timeout: s.Timeout, OpenStdin: s.Stdin,
 	}

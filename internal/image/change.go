@@ -51,7 +51,13 @@ func applyChange(c *Config, line string) (err error) {
 			c.Labels[name] = val
 		})
 	case "EXPOSE":
-		c.ExposedPorts = addKeys(c.ExposedPorts, strings.Fields(value))
+		ports := strings.Fields(value)
+		for i, p := range ports {
+			if !strings.Contains(p, "/") {
+				ports[i] = p + "/tcp" // as Docker has them
+			}
+		}
+		c.ExposedPorts = addKeys(c.ExposedPorts, ports)
 	case "HEALTHCHECK":
 		c.Healthcheck, err = healthcheck(value)
 	case "VOLUME":

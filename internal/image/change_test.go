@@ -49,7 +49,7 @@ func TestNewConfig(t *testing.T) {
 		{changes: `ENTRYPOINT ["/x"]`, want: v1.Config{Entrypoint: []string{"/x"}}},
 		{changes: `VOLUME ["/a b","/c"]`, want: v1.Config{Volumes: map[string]struct{}{"/a b": {}, "/c": {}}}},
 		{changes: "VOLUME /a  /b", want: v1.Config{Volumes: map[string]struct{}{"/a": {}, "/b": {}}}},
-		{changes: "EXPOSE 80 443/tcp", want: v1.Config{ExposedPorts: map[string]struct{}{"80": {}, "443/tcp": {}}}},
+		{changes: "EXPOSE 80 443/tcp", want: v1.Config{ExposedPorts: map[string]struct{}{"80/tcp": {}, "443/tcp": {}}}},
 		{changes: "USER a:b\nWORKDIR /a b\nSTOPSIGNAL 9", want: v1.Config{User: "a:b", WorkingDir: "/a b", StopSignal: "9"}},
 		{changes: "HEALTHCHECK NONE", health: &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"NONE"}}}},
 		{changes: `HEALTHCHECK CMD ["a","b c"]`, health: &Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"CMD", "a", "b c"}}}},

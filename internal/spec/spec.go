@@ -14,6 +14,7 @@ type Box struct {
 	Main        Process           `json:"main"`      // the box's main process
 	Hostname    string            `json:"hostname"`  // never empty
 	Labels      map[string]string `json:"labels,omitempty"`
+	Ports       []string          `json:"ports,omitempty"` // that the image says it serves, as "5432/tcp"
 	Resources   Resources         `json:"resources"`
 	ReadOnly    bool              `json:"read_only,omitempty"`
 	Tmpfs       []Tmpfs           `json:"tmpfs,omitempty"`
