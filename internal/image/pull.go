@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -241,7 +242,12 @@ func isIndex(raw []byte) bool {
 	return err == nil && (idx.MediaType.IsIndex() || idx.MediaType == "" && len(idx.Manifests) > 0)
 }
 
+// configTime is how long a configuration may take, which is small: one that came byte by byte would never stall.
+const configTime = 3 * time.Minute
+
 func readRemote(ctx context.Context, r Remote, h v1.Hash, limit int64) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, configTime)
+	defer cancel()
 	body, start, err := watched(ctx, r, h, 0)
 	if err != nil {
 		return nil, err

@@ -61,7 +61,7 @@ func (c *Client) Login(ctx context.Context, registry, user, password string) (st
 // check asks a registry if it takes credentials.
 func (c *Client) check(ctx context.Context, reg name.Registry, auth authn.Authenticator) error {
 	denied := func() error { return fmt.Errorf("%w: %s does not take this name and password", images.ErrDenied, reg) }
-	t, err := transport.NewWithContext(ctx, reg, auth, c.hosts, nil)
+	t, err := transport.NewWithContext(ctx, reg, auth, c.base, nil)
 	var te *transport.Error
 	if errors.As(err, &te) && (te.StatusCode == http.StatusUnauthorized || te.StatusCode == http.StatusForbidden) {
 		return denied()

@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -63,6 +64,7 @@ type Client struct {
 	cfg      Config
 	settings Settings
 	hosts    *hosts
+	base     http.RoundTripper // what all requests go through
 }
 
 // New reads the settings.
@@ -110,6 +112,7 @@ func New(cfg Config) (*Client, error) {
 		}
 	}
 	c.hosts = &hosts{plain: plain, cas: cas, dirs: append([]string{filepath.Join(cfg.Dir, "certs.d")}, c.cfg.CertDirs...), agent: cfg.UserAgent}
+	c.base = bounded{c.hosts}
 	return c, nil
 }
 

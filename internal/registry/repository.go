@@ -209,7 +209,7 @@ func (e *endpoint) transport(ctx context.Context, scope string) (http.RoundTripp
 		if err != nil {
 			return fmt.Errorf("credentials for %s: %w", e.repo.RegistryStr(), err)
 		}
-		t, err = transport.NewWithContext(ctx, e.repo.Registry, auth, e.client.hosts, []string{e.repo.Scope(scope)})
+		t, err = transport.NewWithContext(ctx, e.repo.Registry, auth, e.client.base, []string{e.repo.Scope(scope)})
 		return err
 	})
 	if err != nil {
@@ -269,7 +269,7 @@ func (e *endpoint) do(ctx context.Context, method, path string, head http.Header
 func (e *endpoint) once(ctx context.Context, t http.RoundTripper, method, path string, head http.Header, want ...int) (*http.Response, error) {
 	// The scheme is set by the transport.
 	url := fmt.Sprintf("%s://%s/v2/%s/%s", e.repo.Scheme(), e.repo.RegistryStr(), e.repo.RepositoryStr(), path)
-	req, err := http.NewRequestWithContext(ctx, method, url, nil)
+	req, err := http.NewRequestWithContext(context.WithValue(ctx, wanted{}, want), method, url, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -1,15 +1,19 @@
 package registry
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -24,6 +28,65 @@ type hosts struct {
 
 	mu   sync.Mutex
 	each map[string]*http.Transport
+}
+
+// wanted are, in a request's context, the status codes of answers that are bounded by who reads them.
+type wanted struct{}
+
+const (
+	maxAnswer  = 1 << 20         // bytes of any other answer: tokens, refusals, and what is not even looked at
+	answerTime = 3 * time.Minute // from its first byte to its end
+)
+
+var errSlow = fmt.Errorf("its answer had no end after %v", answerTime)
+
+// bounded keeps a registry from holding up or filling whoever reads its answers.
+type bounded struct{ next http.RoundTripper }
+
+// RoundTrip implements [http.RoundTripper].
+func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(req.Context())
+	resp, err := b.next.RoundTrip(req.WithContext(ctx))
+	if err != nil {
+		cancel(nil)
+		return nil, err
+	}
+	body := &boundedBody{ReadCloser: resp.Body, ctx: ctx, cancel: cancel, left: math.MaxInt64}
+	if want, _ := ctx.Value(wanted{}).([]int); !slices.Contains(want, resp.StatusCode) {
+		body.left = maxAnswer
+		body.timer = time.AfterFunc(answerTime, func() { cancel(errSlow) })
+	}
+	resp.Body = body
+	return resp, nil
+}
+
+// boundedBody ends after so many bytes, or when its time is over.
+type boundedBody struct {
+	io.ReadCloser
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	timer  *time.Timer // nil: it has all the time that its reader gives it
+	left   int64
+}
+
+func (b *boundedBody) Read(p []byte) (int, error) {
+	if b.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.left)])
+	b.left -= int64(n)
+	if err != nil && errors.Is(context.Cause(b.ctx), errSlow) {
+		err = errSlow
+	}
+	return n, err
+}
+
+func (b *boundedBody) Close() error {
+	if b.timer != nil {
+		b.timer.Stop()
+	}
+	b.cancel(nil)
+	return b.ReadCloser.Close()
 }
 
 // certError says that the certificates for a host cannot be had.
