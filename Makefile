@@ -42,9 +42,9 @@ test-unit: build
 	  $$($(GO) list ./... | grep -v -e /test/e2e -e /test/cli -e /test/guest$$) | $(REPORT)
 	CGO_ENABLED=0 $(GO) test ./internal/sentry # as it is used; with the race detector gVisor's filter is another
 
-# The real images that the end-to-end tests of root and of the ordinary user share.
+# The real images that the end-to-end tests of root and of the ordinary user share, and what umoci makes of images.
 debian:
-	$(GO) test -run "^Test(DebianRoot|ImagesLayout)$$" ./test/e2e
+	$(GO) test -count=1 -run "^Test(DebianRoot|ImagesLayout|UmociListings)$$" ./test/e2e
 
 test-e2e: build
 	$(GO) test -json -count=1 -timeout 30m -p 1 ./test/e2e ./test/cli | $(REPORT)

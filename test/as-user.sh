@@ -17,11 +17,13 @@ chmod 755 "$dir" "$dir/coffer"
 registry=${XDG_CACHE_HOME:-$HOME/.cache}/coffer-test/docker-registry
 [ ! -e "$registry" ] || install -m 755 "$registry" "$dir/docker-registry"
 go build -o "$dir/report" ./test/report
+CGO_ENABLED=0 go build -o "$dir/lister" ./test/lister
 status=0
 for suite in e2e cli; do
 	go test -c -o "$dir/$suite.test" "./test/$suite"
 	chmod 755 "$dir/$suite.test"
-	(cd "$dir/home" && HOME="$dir/home" TMPDIR=/tmp COFFER_BIN="$dir/coffer" COFFER_TEST_REGISTRY="$dir/docker-registry" setpriv --reuid $uid --regid $uid --clear-groups \
+	(cd "$dir/home" && HOME="$dir/home" TMPDIR=/tmp COFFER_BIN="$dir/coffer" COFFER_TEST_REGISTRY="$dir/docker-registry" \
+		COFFER_TEST_LISTER="$dir/lister" setpriv --reuid $uid --regid $uid --clear-groups \
 		"$dir/$suite.test" -test.v=test2json -test.timeout 30m) 2>&1 | go tool test2json -p "test/$suite as an ordinary user" | "$dir/report" || status=1
 done
 rm -rf "$dir"

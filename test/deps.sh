@@ -18,22 +18,25 @@ else
 	echo "not installed, so some tests will skip:$missing"
 fi
 
-# Debian's registry of images is unpacked into the user's cache; installed, it would be started and stay.
-registry=${XDG_CACHE_HOME:-$HOME/.cache}/coffer-test/docker-registry
-if ! [ -e "$registry" ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
-	tmp=$(mktemp -d)
-	if echo "downloading Debian's docker-registry for the tests" && (cd "$tmp" && apt-get download -qq docker-registry 2>/dev/null) &&
-		dpkg-deb -x "$tmp"/*.deb "$tmp/root"; then
-		mkdir -p "$(dirname "$registry")"
-		mv "$tmp/root/usr/bin/docker-registry" "$registry"
-	else
-		echo "no docker-registry: some tests will skip"
+# Programs of Debian's are unpacked into the user's cache: installed, the registry of images would be started and stay, and umoci, whose
+# unpacking of images ours is compared with, is for the tests only.
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/coffer-test
+for program in docker-registry umoci; do
+	if ! [ -e "$cache/$program" ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
+		tmp=$(mktemp -d)
+		if echo "downloading Debian's $program for the tests" && (cd "$tmp" && apt-get download -qq "$program" 2>/dev/null) &&
+			dpkg-deb -x "$tmp"/*.deb "$tmp/root"; then
+			mkdir -p "$cache"
+			mv "$tmp/root/usr/bin/$program" "$cache/$program"
+		else
+			echo "no $program: some tests will skip"
+		fi
+		rm -rf "$tmp"
 	fi
-	rm -rf "$tmp"
-fi
+done
 
 # The kernel of the tests' virtual machines, with the modules of its disk, is unpacked into the user's cache; it is not installed.
-kernel=${XDG_CACHE_HOME:-$HOME/.cache}/coffer-test/kernel
+kernel=$cache/kernel
 if [ "$(uname -m)" = x86_64 ] && ! [ -e "$kernel" ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
 	pkg=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p' | head -1)
 	tmp=$(mktemp -d)

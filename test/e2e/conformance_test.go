@@ -419,6 +419,23 @@ func oddLayout(t *testing.T) (layout.Path, map[string]v1.Image) {
 	return p, imgs
 }
 
+// TestUmociListings makes what tests compare with, so that it is there for those of an ordinary user, who cannot.
+func TestUmociListings(t *testing.T) {
+	lister := listerProgram(t)
+	p, imgs := oddLayout(t)
+	for name, img := range imgs {
+		if name != "sparse-gnu" { // umoci does not read this format
+			umociListing(t, lister, p, name, img)
+		}
+	}
+	p = imagesLayout(t)
+	for name, img := range layoutImages(t, p) {
+		if len(realImages()[name].layers) > 1 {
+			umociListing(t, lister, p, name, img)
+		}
+	}
+}
+
 // TestConformance: the files of a box are what another program, umoci, makes of the same image on the host.
 func TestConformance(t *testing.T) {
 	p, imgs := oddLayout(t)
