@@ -30,6 +30,8 @@ type fetcher struct {
 	st     *stage
 	remote Remote
 	opts   PullOptions
+	fresh  bool // what earlier pulls have left is not gone on with
+	misled bool // what an earlier pull had left was wrong: distrust has seen it
 
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -129,7 +131,8 @@ func (f *fetcher) layer(ctx context.Context, d description, i int) (io.ReadClose
 func (f *fetcher) distrust() (again bool) {
 	for digest, l := range f.layers {
 		if l.resumed && errors.Is(l.err, ErrDigest) {
-			again = true
+			// What is left of other layers may be no better, and was not looked at yet.
+			again, f.misled = true, true
 		}
 		if !l.old {
 			continue
@@ -309,6 +312,11 @@ func (f *fetcher) fetchTo(ctx context.Context, l *download, part *os.File) error
 		return err
 	}
 	l.set(func() { l.file = file })
+	if f.fresh {
+		if err := part.Truncate(0); err != nil {
+			return err
+		}
+	}
 	sum := sha256.New()
 	n, err := io.Copy(sum, io.NewSectionReader(part, 0, l.desc.Size))
 	if err != nil {

@@ -171,8 +171,10 @@ func (s *Store) pull(ctx context.Context, name Name, digest v1.Hash, r Remote, o
 	}
 	defer st.close()
 	var e entry
+	fresh := false
 	for round := range 2 {
 		f := newFetcher(st, r, opts)
+		f.fresh = fresh
 		e, err = s.loadOne(ctx, st, f, d, Options{Limits: opts.Limits}, opts.Platform)
 		f.stop()
 		again := round == 0 && err != nil && ctx.Err() == nil && f.distrust()
@@ -180,6 +182,7 @@ func (s *Store) pull(ctx context.Context, name Name, digest v1.Hash, r Remote, o
 		if !again {
 			break
 		}
+		fresh = f.misled
 		st.forget()
 	}
 	if disk.NoRoom(err) {

@@ -493,6 +493,30 @@ func TestPullMendsTheStore(t *testing.T) {
 	}
 }
 
+// What earlier pulls have left of several layers may be wrong of all of them: one pull gets over that.
+func TestPullOfWrongParts(t *testing.T) {
+	im := sampleImage(t, "one")
+	s, r := newStore(t), newRemote(t, map[string]testImage{"1": im})
+	for _, l := range im.packed {
+		if err := os.WriteFile(s.path("pull", hashBytes(l).Hex+".part"), []byte("wrong"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The first is found to be wrong while the others still wait for more.
+	r.body = func(h v1.Hash, offset int64, b []byte) (io.Reader, int64, error) {
+		if offset > 0 && h != hashBytes(im.packed[0]) {
+			return endWith{io.ErrUnexpectedEOF}, offset, nil
+		}
+		return bytes.NewReader(b[offset:]), offset, nil
+	}
+	img, _, err := s.Pull(t.Context(), mustName(t, "h.example/app:1"), r, PullOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkSample(t, s, img, "one")
+	checkPulls(t, s)
+}
+
 // A pull that fails takes nothing away from images that are there, and what an earlier one left and was damaged does not fail a next.
 func TestPullThatFails(t *testing.T) {
 	one, two := sampleImage(t, "one"), sampleImage(t, "two")
