@@ -339,7 +339,8 @@ func TestRealImages(t *testing.T) {
 		name string
 		work func(*testing.T, *home, string)
 	}{{"minbase", minbaseWork}, {"gcc", gccWork}, {"python", pythonWork}, {"node", nodeWork}, {"postgres", postgresWork}}
-	for i, w := range works {
+	pulled := false
+	for _, w := range works {
 		t.Run(w.name, func(t *testing.T) {
 			h := &home{t: t, bin: h.bin, dir: h.dir}
 			layers, err := imgs[w.name].Layers()
@@ -358,9 +359,10 @@ func TestRealImages(t *testing.T) {
 			have := slices.ContainsFunc(strings.Split(steps, "\n"), func(s string) bool {
 				return strings.Contains(s, base.String()) && strings.Contains(s, `"exists"`)
 			})
-			if have != (i > 0) {
-				t.Errorf("the shared layer was there before: %v\n%s", have, steps)
+			if have != pulled {
+				t.Errorf("of a shared layer that had come before (%v) a pull says %v", pulled, have)
 			}
+			pulled = true
 			w.work(t, h, refs[w.name])
 			if len(realImages()[w.name].layers) < 2 {
 				return // the others have the same lowest layer, and of these each has all that theirs have
@@ -431,7 +433,13 @@ func nodeWork(t *testing.T, h *home, ref string) {
 // postgresWork: a database is made, works, is killed at work and comes back with what was committed, and is stopped in order.
 func postgresWork(t *testing.T, h *home, ref string) {
 	h.run("run", "-d", "--name", "pg", ref)
-	defer h.run("rm", "-f", "-v", "pg")
+	defer func() {
+		if t.Failed() {
+			logs, errs, _ := h.all("logs", "-n", "40", "pg")
+			t.Logf("the database's log:\n%s%s", logs, errs)
+		}
+		h.run("rm", "-f", "-v", "pg")
+	}()
 	ready := func() {
 		t.Helper()
 		until(t, "the database answers", func() bool {
