@@ -440,12 +440,17 @@ func postgresWork(t *testing.T, h *home, ref string) {
 		}
 		h.run("rm", "-f", "-v", "pg")
 	}()
+	starts := 0
 	ready := func() {
 		t.Helper()
-		until(t, "the database answers", func() bool {
-			_, code := h.try("exec", "pg", "pg_isready", "-q", "-h", "127.0.0.1")
-			return code == 0
+		starts++
+		// Its log is watched, and nothing executed beside it: the main process has not the same number in every start, and a database that
+		// finds a process of its user with the number of its predecessor, which was killed, does not start.
+		until(t, "the database is ready", func() bool {
+			logs, errs, _ := h.all("logs", "pg")
+			return strings.Count(logs+errs, "ready to accept connections") == starts
 		})
+		h.run("exec", "pg", "pg_isready", "-q", "-h", "127.0.0.1")
 	}
 	query := func(sql string) string {
 		t.Helper()
