@@ -69,14 +69,12 @@ func randomLayers(t testing.TB, rnd *rand.Rand) [][]byte {
 	var layers [][]byte
 	for range 2 + rnd.Intn(4) {
 		var ents []ent
-		var files []string
 		for range rnd.Intn(9) {
 			p := path()
 			e := ent{name: p, mtime: rnd.Int63n(1e9), uid: rnd.Intn(1e5)}
 			switch rnd.Intn(9) {
 			case 0, 1, 2:
 				e.body = strings.Repeat(pick("x", "y"), rnd.Intn(9000))
-				files = append(files, p)
 			case 3:
 				e.typ = tar.TypeDir
 			case 4:
