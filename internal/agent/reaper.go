@@ -53,10 +53,13 @@ func (r *reaper) close() {
 	r.loop.Wait()
 }
 
-// start forks and registers.
-func (r *reaper) start(path string, args []string, attr *syscall.ProcAttr) (*child, error) {
+// start forks and registers. The main process of a box gets the number that it always has.
+func (r *reaper) start(path string, args []string, attr *syscall.ProcAttr, main bool) (*child, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if main {
+		steadyNumber()
+	}
 	pid, err := syscall.ForkExec(path, args, attr)
 	if err != nil {
 		return nil, err

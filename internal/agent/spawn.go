@@ -67,12 +67,12 @@ func (a *Agent) spawn(p spec.Process, main bool, w wanted) (*proc, error) {
 		Sys:   &syscall.SysProcAttr{Setsid: true, Setctty: p.TTY, Ctty: 0},
 	}
 	if len(p.Rlimits) > 0 {
-		pr.child, err = a.startLimited(path, p, id, attr)
+		pr.child, err = a.startLimited(path, p, id, attr, main)
 	} else {
 		if needsCredential(id) {
 			attr.Sys.Credential = &syscall.Credential{Uid: id.uid, Gid: id.gid, Groups: id.groups}
 		}
-		pr.child, err = a.reap.start(path, p.Args, attr)
+		pr.child, err = a.reap.start(path, p.Args, attr, main)
 	}
 	if err != nil {
 		files.closeOurs(pr)
@@ -368,7 +368,7 @@ type limited struct {
 }
 
 // startLimited runs this very program first, which sets the limits as root and then becomes the user and the command.
-func (a *Agent) startLimited(path string, p spec.Process, id identity, attr *syscall.ProcAttr) (*child, error) {
+func (a *Agent) startLimited(path string, p spec.Process, id identity, attr *syscall.ProcAttr, main bool) (*child, error) {
 	for _, l := range p.Rlimits {
 		if _, ok := rlimitNumber(l.Name); !ok {
 			return nil, wire.Errorf(wire.CodeInvalid, "unknown resource limit %q", l.Name)
@@ -386,7 +386,7 @@ func (a *Agent) startLimited(path string, p spec.Process, id identity, attr *sys
 	defer report.Close()
 	attr.Files = append(attr.Files, uintptr(fd[1]))
 	args := append([]string{"coffer-agent", limitedArg, string(what), path}, p.Args...)
-	c, err := a.reap.start("/proc/self/exe", args, attr)
+	c, err := a.reap.start("/proc/self/exe", args, attr, main)
 	unix.Close(fd[1])
 	if err != nil {
 		return nil, err

@@ -44,3 +44,16 @@ func TestTimeoutWithoutProc(t *testing.T) {
 	}
 	h.run("rm", "-f", "b")
 }
+
+// TestMainNumber: the main process has the same number after every start. A program that was killed finds its own in the file that it
+// left, and not that of another process.
+func TestMainNumber(t *testing.T) {
+	h := newHome(t)
+	h.run("create", "--name", "b", "base", "sh", "-c", "echo $$")
+	want := h.run("start", "-a", "b")
+	for range 9 {
+		if got := h.run("start", "-a", "b"); got != want {
+			t.Errorf("its number was %s and is %s", want, got)
+		}
+	}
+}
