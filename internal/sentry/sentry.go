@@ -139,12 +139,14 @@ func run(c *launch.Config, ready *os.File) (int, error) {
 	started := make(chan error, 1)
 	go func() { started <- start() }()
 	go func() {
-		// The answer comes when the agent's task has been made and the kernel runs.
-		if err := <-started; err == nil {
-			_, _ = ready.Write([]byte{launch.ReadyByte}) // who waits for it may have given up
-			ready.Close()
-			settle()
+		// The answer comes when the agent's task has been made and the kernel runs. Without it nothing would ever run.
+		if err := <-started; err != nil {
+			fmt.Fprintf(ready, "start the agent: %v", err)
+			os.Exit(1)
 		}
+		_, _ = ready.Write([]byte{launch.ReadyByte}) // who waits for it may have given up
+		ready.Close()
+		settle()
 	}()
 	l.WaitForStartSignal()
 	if err := l.Run(); err != nil {
