@@ -246,9 +246,16 @@ type Stream struct {
 	opener  *Session // of a stream that we opened
 	release func()   // of one that the peer did
 	closing atomic.Bool
+	// reading is held while the multiplexer reads: two of its readers can lock each other out for good, as when one finds the stream
+	// closed by the peer while the other tells that there is room again.
+	reading sync.Mutex
 }
 
-func (s *Stream) Read(p []byte) (int, error) { return s.mux.Read(p) }
+func (s *Stream) Read(p []byte) (int, error) {
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	return s.mux.Read(p)
+}
 
 func (s *Stream) Write(p []byte) (int, error) {
 	if s.closing.Load() {
@@ -290,7 +297,7 @@ func (s *Stream) Close() error {
 func (s *Stream) drain() {
 	buf := make([]byte, 4<<10)
 	for {
-		if _, err := s.mux.Read(buf); err != nil {
+		if _, err := s.Read(buf); err != nil {
 			return
 		}
 		s.mux.Shrink()

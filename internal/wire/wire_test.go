@@ -475,3 +475,44 @@ func TestChunks(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestCloseWhileReading: a stream that is closed while it is being read, and by its peer, comes to its end.
+func TestCloseWhileReading(t *testing.T) {
+	client, server := pair(t)
+	go func() {
+		for {
+			_, s, err := server.Accept(t.Context())
+			if err != nil {
+				return
+			}
+			go func() {
+				for range 5 {
+					_, _ = s.Write(make([]byte, 100))
+				}
+				s.Close()
+			}()
+		}
+	}()
+	const atOnce = 50
+	ended := make(chan struct{}, atOnce)
+	for range 100 {
+		for range atOnce {
+			s, err := client.Open(t.Context(), Header{Op: "x"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				_, _ = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{s}, make([]byte, 30))
+				ended <- struct{}{}
+			}()
+			go s.Close()
+		}
+		for range atOnce {
+			select {
+			case <-ended:
+			case <-time.After(20 * time.Second):
+				t.Fatal("a reader never ends")
+			}
+		}
+	}
+}
