@@ -8,8 +8,12 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"log"
 	"math/big"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +24,7 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
@@ -124,6 +129,31 @@ func customer(t *testing.T, host string, cert []byte) *home {
 func noDocker(t *testing.T) {
 	t.Helper()
 	t.Setenv("DOCKER_CONFIG", t.TempDir())
+}
+
+// TestProxy: registries are reached by the proxy of the environment, where nothing else knows their names.
+func TestProxy(t *testing.T) {
+	noDocker(t)
+	reg := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Host != "registry.invalid:5000" {
+			http.Error(w, "not by this proxy: "+r.URL.Host, http.StatusBadGateway)
+			return
+		}
+		reg.ServeHTTP(w, r)
+	}))
+	defer proxy.Close()
+	t.Setenv("HTTP_PROXY", proxy.URL)
+	t.Setenv("NO_PROXY", "")
+	const ref = "registry.invalid:5000/base:1"
+	a, b := newHome(t), newHome(t)
+	a.run("run", "--rm", "base", "true")
+	a.run("tag", "base", ref)
+	a.run("push", "--plain-http", ref)
+	b.run("pull", "--plain-http", ref)
+	if got := b.run("run", "--rm", "--pull", "never", ref, "echo", "hi"); got != "hi" {
+		t.Errorf("run: %q", got)
+	}
 }
 
 // TestRegistry: an image goes through Debian's registry, with TLS and a password, from one home to another.
