@@ -59,6 +59,7 @@ func (r *Runtime) health(ctx context.Context, s Spec, conf image.Config) (*spec.
 		}
 		return nil, nil
 	}
+	r.dropBad(ctx, s.Image, &of)
 	h := &spec.Health{
 		Args:     slices.Clone(test[1:]),
 		Interval: cmp.Or(own.Interval, of.Interval, healthInterval), Timeout: cmp.Or(own.Timeout, of.Timeout, healthTimeout),
@@ -93,6 +94,19 @@ func (r *Runtime) health(ctx context.Context, s Spec, conf image.Config) (*spec.
 		h.Args = slices.Concat(shell, h.Args)
 	}
 	return h, nil
+}
+
+// dropBad lets an image's check go by the defaults where it says what cannot be. Such images run elsewhere.
+func (r *Runtime) dropBad(ctx context.Context, name string, of *image.Healthcheck) {
+	for _, d := range []*time.Duration{&of.Interval, &of.Timeout, &of.StartPeriod, &of.StartInterval} {
+		if *d != 0 && *d < image.MinHealthTime {
+			r.log.WarnContext(ctx, "a time of the image's health check is too short, and not kept to", "image", name, "time", *d)
+			*d = 0
+		}
+	}
+	if of.Retries < 0 {
+		of.Retries = 0
+	}
 }
 
 // healthOf asks the box's supervisor, which alone knows more than the status. If it does not answer, the status on record has to do.

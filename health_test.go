@@ -46,7 +46,8 @@ func TestHealthOf(t *testing.T) {
 		"short start period":                {own: &HealthCheck{Test: []string{"CMD", "x"}, StartPeriod: 1}, err: "start period 1ns"},
 		"short start interval":              {own: &HealthCheck{Test: []string{"CMD", "x"}, StartInterval: 1}, err: "start interval 1ns"},
 		"retries":                           {own: &HealthCheck{Test: []string{"CMD", "x"}, Retries: -1}, err: "-1 retries"},
-		"the image's are checked too":       {img: &image.Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"CMD", "x"}, Interval: -sec}}, err: "interval -1s"},
+		"image's that cannot be": {img: &image.Healthcheck{HealthConfig: v1.HealthConfig{Test: []string{"CMD", "x"}, Interval: -sec, Timeout: 30, Retries: -1}},
+			want: &spec.Health{Args: []string{"x"}, Interval: 30 * sec, Timeout: 30 * sec, StartInterval: 5 * sec, Retries: 3}},
 	} {
 		r := &Runtime{log: slog.New(slog.DiscardHandler)}
 		got, err := r.health(t.Context(), Spec{Image: "i", Health: tc.own}, image.Config{Config: v1.Config{Shell: tc.shell}, Healthcheck: tc.img})

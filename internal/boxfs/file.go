@@ -558,6 +558,9 @@ func (f *file) Unlink(name string, flags uint32) error {
 			if err == unix.ENOTEMPTY && !f.t.o.Host && f.sweep(name) {
 				err = unix.Unlinkat(f.fd, name, int(flags))
 			}
+			if err == nil {
+				q.owe()
+			}
 			return err
 		})
 	})
@@ -614,6 +617,9 @@ func (f *file) RenameAt2(from string, dir lisafs.ControlFDImpl, to string, flags
 			err := unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
 			if err == unix.ENOTEMPTY && !f.t.o.Host && d.sweep(to) {
 				err = unix.Renameat2(f.fd, from, d.fd, to, uint(flags))
+			}
+			if err == nil {
+				q.owe()
 			}
 			return err
 		})

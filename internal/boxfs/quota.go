@@ -39,6 +39,7 @@ type Quota struct {
 
 	mu   sync.Mutex
 	used int64
+	owed int // whiteouts that the overlay will want for names that are gone
 	open map[inodeKey]*inode
 }
 
@@ -67,16 +68,22 @@ func blocks(size int64) int64 {
 	return int64((uint64(size) + chargeBlock - 1) &^ (chargeBlock - 1))
 }
 
+// maxAttrNames bounds the names of an object's attributes, which a file system may keep more of than it can list.
+const maxAttrNames = 32 << 10
+
 // chargeAttrs is what the guest's attributes of an object take.
-func chargeAttrs(path string) int64 {
+func chargeAttrs(path string) (int64, error) {
 	buf := make([]byte, 256) // most have one, of ours
 	n, err := unix.Listxattr(path, buf)
 	if errors.Is(err, unix.ERANGE) {
 		buf = make([]byte, 65536)
 		n, err = unix.Listxattr(path, buf)
 	}
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return 0, nil
+	}
 	if err != nil {
-		return 0
+		return 0, err
 	}
 	var sum int64
 	for name := range strings.SplitSeq(string(buf[:n]), "\x00") {
@@ -84,7 +91,13 @@ func chargeAttrs(path string) int64 {
 			sum += attrCharge(path, name)
 		}
 	}
-	return sum
+	return sum, nil
+}
+
+// chargeOpen is what an open object takes, as far as it can be found out.
+func chargeOpen(fd int, st *unix.Stat_t) int64 {
+	attrs, _ := chargeAttrs(procPath(fd))
+	return charge(st) + attrs
 }
 
 func attrCharge(path, key string) int64 {
@@ -125,6 +138,36 @@ func (q *Quota) add(n int64) {
 	q.used += n
 }
 
+// maxOwed bounds the whiteouts that are owed at a time, so that none are saved up: the overlay wants each before long.
+const maxOwed = 1024
+
+// owe notes that a name is gone, at which the overlay may want a whiteout.
+func (q *Quota) owe() {
+	if q == nil {
+		return
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.owed = min(q.owed+1, maxOwed)
+}
+
+// hide lets a whiteout be made, unless the overdraft is used up and it is not owed.
+func (q *Quota) hide() error {
+	if q == nil {
+		return nil
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.owed > 0 {
+		q.owed--
+		return nil
+	}
+	if q.used-overdraft > q.size {
+		return unix.ENOSPC
+	}
+	return nil
+}
+
 // overdrawn reports an error when the overdraft is used up, too.
 func (q *Quota) overdrawn() error {
 	if q != nil && q.charged()-overdraft > q.size {
@@ -157,7 +200,7 @@ func (q *Quota) hold(fd int) *inode {
 		q.open[key] = i
 		// It may have lost its last name after it was opened. Then it was given back, and is there all the same.
 		if unix.Fstat(fd, &st) == nil && st.Nlink == 0 {
-			q.used += charge(&st) + chargeAttrs(procPath(fd))
+			q.used += chargeOpen(fd, &st)
 		}
 	}
 	i.refs++
@@ -187,7 +230,7 @@ func (q *Quota) letGo(i *inode, fd int) {
 	delete(q.open, i.key)
 	var st unix.Stat_t
 	if unix.Fstat(fd, &st) == nil && st.Nlink == 0 {
-		q.used -= charge(&st) + chargeAttrs(procPath(fd))
+		q.used -= chargeOpen(fd, &st)
 	}
 }
 
@@ -276,6 +319,10 @@ func (q *Quota) attribute(i *inode, path, key string, length int, change func() 
 	was := attrCharge(path, key)
 	var more int64
 	if length >= 0 {
+		names, err := unix.Listxattr(path, nil)
+		if was == 0 && (err != nil || names+len(key)+1 > maxAttrNames) {
+			return unix.ENOSPC
+		}
 		more = max(int64(chargeAttr+len(key)+length)-was, 0)
 	}
 	if err := q.take(more); err != nil {
@@ -442,10 +489,14 @@ func measure(root int) (int64, error) {
 		if err := unix.Fstat(fd, &st); err != nil {
 			return err
 		}
-		sum += charge(&st) + chargeAttrs(procPath(fd))
+		attrs, err := chargeAttrs(procPath(fd))
+		if err != nil {
+			return err
+		}
+		sum += charge(&st) + attrs
 		l := level{}
 		var failed error
-		err := listDir(fd, math.MaxInt, func(e dirent) {
+		err = listDir(fd, math.MaxInt, func(e dirent) {
 			var st unix.Stat_t
 			if err := unix.Fstatat(fd, e.name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 				failed = err
@@ -464,7 +515,11 @@ func measure(root int) (int64, error) {
 			}
 			sum += charge(&st)
 			if st.Mode&unix.S_IFMT == unix.S_IFREG { // a link is none of ours, and leads elsewhere
-				sum += chargeAttrs(procPath(fd) + "/" + e.name)
+				attrs, err := chargeAttrs(procPath(fd) + "/" + e.name)
+				if err != nil {
+					failed = err
+				}
+				sum += attrs
 			}
 		})
 		stack = append(stack, l)

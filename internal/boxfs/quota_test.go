@@ -437,18 +437,41 @@ func TestQuotaWhiteouts(t *testing.T) {
 	wants(t, "mkdir", err, unix.ENOSPC)
 	must(t, p.root.UnlinkAt(p.ctx, "white0", 0))
 
-	o.Quota.add(overdraft)
-	wants(t, "hide on and on", p.white(p.root, "white0"), unix.ENOSPC)
+	o.Quota.add(overdraft + mib)
+	must(t, p.white(p.root, "white0")) // owed for the one that is gone
+	wants(t, "hide on and on", p.white(p.root, "more"), unix.ENOSPC)
 	wants(t, "move on and on", p.root.RenameAt(p.ctx, "1", p.root.ID(), "moved", 0), unix.ENOSPC)
+	// What the overlay owes for a name that is gone it can make, once.
 	must(t, p.root.UnlinkAt(p.ctx, "1", unix.AT_REMOVEDIR))
-	o.Quota.add(-overdraft)
+	must(t, p.white(p.root, "1"))
+	wants(t, "hide on and on", p.white(p.root, "more"), unix.ENOSPC)
+	must(t, p.root.UnlinkAt(p.ctx, "1", 0))
+	o.Quota.add(-overdraft - mib)
 	// The file that whiteouts are links to is exchanged and goes with the last of them.
 	tr := &tree{root: mustOpen(t, y.root), o: o}
 	must(t, o.Quota.naming([]int{tr.root}, tr.newWhiteout))
-	for i := 1; i < 20; i++ {
+	for i := range 20 {
 		must(t, p.root.UnlinkAt(p.ctx, fmt.Sprint("white", i), 0))
 	}
 	unix.Close(tr.root)
+	p.close()
+	exact(t, o.Quota, y.root)
+}
+
+// TestQuotaOfManyAttributes: an object has no more attributes than can be listed, so all are found again.
+func TestQuotaOfManyAttributes(t *testing.T) {
+	y := newYard(t)
+	o := bounded(t, y, 64*mib)
+	p := newPeer(t, y.root, o)
+	f := p.put("a", "")
+	var err error
+	n := 0
+	for ; err == nil && n < 1000; n++ {
+		err = f.SetXattr(p.ctx, fmt.Sprintf("user.%0200d", n), "x", 0)
+	}
+	if err == nil {
+		t.Errorf("%d attributes of 200 bytes each have names", n)
+	}
 	p.close()
 	exact(t, o.Quota, y.root)
 }

@@ -87,7 +87,7 @@ func (f *file) whiteout(name string) (int, error) {
 	}
 	fd := -1
 	return fd, t.o.Quota.naming([]int{f.fd, t.root}, func() (err error) {
-		if err := t.o.Quota.overdrawn(); err != nil {
+		if err := t.o.Quota.hide(); err != nil {
 			return err
 		}
 		fd, err = f.makeWhiteout(name)

@@ -101,12 +101,13 @@ func (h *health) watch(ctx context.Context) {
 			return
 		case <-t.C:
 		}
+		early := time.Since(h.started) < h.StartPeriod // whatever is made of the host's clock meanwhile
 		r, ok := h.check(ctx)
 		if ctx.Err() != nil {
 			return // that ended it, and not the box
 		}
 		if ok {
-			h.judge(r)
+			h.judge(r, early)
 		}
 		t.Reset(h.pause())
 	}
@@ -157,8 +158,8 @@ func bounded(b []byte, cut bool) string {
 	return s
 }
 
-// judge takes a result into account.
-func (h *health) judge(r HealthResult) {
+// judge takes a result into account. Early is a check that began in the start period.
+func (h *health) judge(r HealthResult, early bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.now.Log = append(h.now.Log, r)
@@ -169,7 +170,7 @@ func (h *health) judge(r HealthResult) {
 	switch {
 	case r.ExitCode == 0:
 		h.now.Status, h.now.FailingStreak = state.Healthy, 0
-	case was == state.HealthStarting && r.Start.Sub(h.started) < h.StartPeriod:
+	case was == state.HealthStarting && early:
 	default:
 		if h.now.FailingStreak++; h.now.FailingStreak >= h.Retries {
 			h.now.Status = state.Unhealthy

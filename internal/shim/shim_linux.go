@@ -25,6 +25,7 @@ import (
 	"github.com/coffer-box/coffer/internal/jail"
 	"github.com/coffer-box/coffer/internal/lifecycle"
 	"github.com/coffer-box/coffer/internal/logfile"
+	"github.com/coffer-box/coffer/internal/spec"
 	"github.com/coffer-box/coffer/internal/state"
 	"github.com/coffer-box/coffer/internal/supervise"
 	"github.com/coffer-box/coffer/internal/wire"
@@ -304,9 +305,14 @@ func (s *shim) enter(ctx context.Context) error {
 	return nil
 }
 
+// startTime is how long a start may take. What a box with a quota has written is counted first, and may be that many objects of 4 KiB.
+func startTime(b spec.Box) time.Duration {
+	return time.Minute + time.Duration(b.Resources.DiskSize>>12)*100*time.Microsecond
+}
+
 // start brings the box up to where its main process runs, or, with a client to wait for, to where that client can start it.
 func (s *shim) start(ctx context.Context) (_ *running, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, startTime(s.box.Spec))
 	defer cancel()
 	if err := s.enter(ctx); err != nil {
 		return nil, err

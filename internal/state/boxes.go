@@ -142,7 +142,7 @@ func (d *DB) Update(ctx context.Context, id string, c Change, fn func(*Box) erro
 		if err := fn(b); err != nil {
 			return err
 		}
-		ends = b.Phase != Creating && b.Phase != Created && b.Phase != Starting
+		ends = ending(from, b.Phase)
 		if b.Phase != from && !slices.Contains(next[from], b.Phase) {
 			return &TransitionError{Name: b.Name, From: from, To: b.Phase}
 		}
@@ -171,6 +171,18 @@ func (d *DB) Update(ctx context.Context, id string, c Change, fn func(*Box) erro
 		err = d.tx(ctx, change)
 	}
 	return out, err
+}
+
+// ending tells which changes of a record may use up the reserve. What is noted of a box that goes on running can wait: the guest decides
+// when that is.
+func ending(from, to Phase) bool {
+	switch to {
+	case Creating, Created, Starting:
+		return false
+	case Running:
+		return from != Running
+	}
+	return true
 }
 
 // Delete removes a record, last of all that belongs to a box. A missing one is no error.
