@@ -34,6 +34,7 @@ func TestPrivate(t *testing.T) {
 		}
 	}
 }
+
 // The reserve is for boxes that end, and not for what a guest can have recorded at any time.
 func TestEnding(t *testing.T) {
 	for _, tc := range []struct {
