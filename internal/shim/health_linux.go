@@ -60,7 +60,10 @@ func (s *shim) newHealth(agent *wire.Client) *health {
 			return reply, err
 		},
 		func(ctx context.Context, to state.Health) error {
-			c := state.Change{Generation: generation, Event: "health_status", Attrs: map[string]string{"status": string(to)}}
+			c := state.Change{
+				Generation: generation, Event: "health_status", Attrs: map[string]string{"status": string(to)},
+				Dispensable: true, // the guest decides when there is one, and it is tried again
+			}
 			_, err := s.keeper.DB.Update(ctx, id, c, func(b *state.Box) error {
 				if b.Phase != state.Running {
 					return state.ErrStale

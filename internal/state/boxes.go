@@ -120,6 +120,8 @@ type Change struct {
 	// Event is recorded with the change; empty: none.
 	Event string
 	Attrs map[string]string
+	// Dispensable is a change that may fail on a full disk, where others use up the room that is kept for the end of boxes.
+	Dispensable bool
 }
 
 // Update changes one box in a transaction of its own. fn must be quick and without side effects. The phase may only go where the
@@ -142,7 +144,7 @@ func (d *DB) Update(ctx context.Context, id string, c Change, fn func(*Box) erro
 		if err := fn(b); err != nil {
 			return err
 		}
-		ends = ending(from, b.Phase)
+		ends = b.Phase != Creating && b.Phase != Created && b.Phase != Starting && !c.Dispensable
 		if b.Phase != from && !slices.Contains(next[from], b.Phase) {
 			return &TransitionError{Name: b.Name, From: from, To: b.Phase}
 		}
@@ -171,18 +173,6 @@ func (d *DB) Update(ctx context.Context, id string, c Change, fn func(*Box) erro
 		err = d.tx(ctx, change)
 	}
 	return out, err
-}
-
-// ending tells which changes of a record may use up the reserve. What is noted of a box that goes on running can wait: the guest decides
-// when that is.
-func ending(from, to Phase) bool {
-	switch to {
-	case Creating, Created, Starting:
-		return false
-	case Running:
-		return from != Running
-	}
-	return true
 }
 
 // Delete removes a record, last of all that belongs to a box. A missing one is no error.

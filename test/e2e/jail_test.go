@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	signals "os/signal"
 	"runtime"
 	"strings"
 	"syscall"
@@ -20,6 +21,10 @@ const maskedCall = "without-landlock"
 func TestMain(m *testing.M) {
 	if os.Args[0] == maskedCall {
 		withoutLandlock(os.Args[1:])
+	}
+	// In the background of a shell script interrupts are ignored, and stay so in what is started. With somebody who listens they do not.
+	if signals.Ignored(os.Interrupt) {
+		signals.Notify(make(chan os.Signal, 1), os.Interrupt)
 	}
 	os.Exit(m.Run())
 }
