@@ -21,7 +21,7 @@ func steadyNumber() {
 	if len(threads) == 0 {
 		return
 	}
-	first := threads[len(threads)-1]
+	first := slices.Max(threads)
 	for used := 0; used < 2*mainNumbers; used++ {
 		last := first + used
 		for _, n := range ownThreads() {
@@ -36,7 +36,7 @@ func steadyNumber() {
 	}
 }
 
-// ownThreads lists the numbers of this program's threads, in order.
+// ownThreads lists the numbers of this program's threads.
 func ownThreads() []int {
 	entries, err := os.ReadDir("/proc/self/task")
 	if err != nil {
@@ -48,6 +48,5 @@ func ownThreads() []int {
 			out = append(out, n)
 		}
 	}
-	slices.Sort(out)
 	return out
 }

@@ -157,15 +157,15 @@ func (q *Quota) hide() error {
 		return nil
 	}
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.owed > 0 {
+	owed := q.owed > 0
+	if owed {
 		q.owed--
+	}
+	q.mu.Unlock()
+	if owed {
 		return nil
 	}
-	if q.used-overdraft > q.size {
-		return unix.ENOSPC
-	}
-	return nil
+	return q.overdrawn()
 }
 
 // overdrawn reports an error when the overdraft is used up, too.

@@ -75,10 +75,11 @@ func newBuilder(st *stage, opts Options, diffs []v1.Hash, whole bool) *builder {
 // resume begins with a root file system of which others may be made, if the store has it.
 func (b *builder) resume(diffs []v1.Hash) bool {
 	id := rootfsID(diffs)
-	if head, err := b.st.readHead(id); err != nil || !head.Closed || !b.st.shareRootfs(id) {
+	head, err := b.st.readHead(id)
+	if err != nil || !head.Closed || !b.st.shareRootfs(id) {
 		return false
 	}
-	if err := b.load(id, len(diffs)); err != nil {
+	if err := b.load(id, head, len(diffs)); err != nil {
 		b.st.s.log.Warn("what is there of a root file system is made anew", "id", id, "reason", err)
 		b.close()
 		b.below, b.head = nil, rootfsHead{}
@@ -89,12 +90,8 @@ func (b *builder) resume(diffs []v1.Hash) bool {
 }
 
 // load reads the tree of a root file system whose files are in the stage.
-func (b *builder) load(id string, layers int) error {
+func (b *builder) load(id string, head rootfsHead, layers int) error {
 	b.t = newTree(b.limits)
-	head, err := b.st.readHead(id)
-	if err != nil {
-		return err
-	}
 	for _, segment := range head.stack(id) {
 		f, err := os.Open(b.st.place(rootfsPlace(segment)))
 		if err != nil {
@@ -115,7 +112,7 @@ func (b *builder) load(id string, layers int) error {
 	}
 	b.head, b.t.bytes = rootfsHead{Below: head.stack(id), Size: head.Size}, head.Size
 	var ferr error
-	err = readExtras(b.st.place(extraPlace(id)), func(x Extra) bool {
+	err := readExtras(b.st.place(extraPlace(id)), func(x Extra) bool {
 		ferr = b.t.resumeExtra(x)
 		return ferr == nil
 	})

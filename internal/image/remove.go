@@ -36,8 +36,8 @@ func (f NeedsFunc) ask(ctx context.Context) (Needs, error) {
 	return f(ctx)
 }
 
-// Remove takes a name from an image, and the image away with its last name, as which one with a digest does not count. By id, all names go. An image that boxes were made from
-// stays whole and the error is an [*InUseError].
+// Remove takes a name from an image, and the image away with its last name, as which one with a digest does not count. By id, all
+// names go. An image that boxes were made from stays whole and the error is an [*InUseError].
 func (s *Store) Remove(ctx context.Context, ref string, boxes NeedsFunc) (Removed, error) {
 	unlock, err := s.lock(ctx)
 	if err != nil {

@@ -53,6 +53,12 @@ func (t *tree) put(dir *erofs.Node, name string, n *erofs.Node) {
 	dir.Children[name] = n
 }
 
+// drop takes a name from what has it.
+func (t *tree) drop(dir *erofs.Node, name string) {
+	t.leave(dir, name)
+	delete(dir.Children, name)
+}
+
 // leave notes that a name is about to lose what has it.
 func (t *tree) leave(dir *erofs.Node, name string) {
 	old := dir.Children[name]

@@ -173,17 +173,14 @@ func (t *tree) add(ctx context.Context, hdr *tar.Header, content io.Reader) erro
 			return err
 		}
 		t.put(dir, base, n)
-		if n.Below != 0 {
-			t.again(n)
-		}
+		t.again(n)
 		if n.Tag != t.layer {
 			t.linked[place{dir, base}] = true
 		}
 		return nil
 	case isWhiteout(n):
 		// Overlays take such a device for the mark of a deleted file, so that is what it is.
-		t.leave(dir, base)
-		delete(dir.Children, base)
+		t.drop(dir, base)
 		return nil
 	case n.IsDir() && old != nil && old.IsDir():
 		// A directory that is there already keeps what it holds and takes the new attributes.
@@ -447,8 +444,7 @@ func (t *tree) hide(dir *erofs.Node, name string) {
 		t.hideChildren(n)
 	}
 	if n.Tag != t.layer && len(n.Children) == 0 && !t.linked[place{dir, name}] {
-		t.leave(dir, name)
-		delete(dir.Children, name)
+		t.drop(dir, name)
 	}
 }
 
