@@ -64,16 +64,37 @@ func Reap(ctx context.Context, t Target, log *slog.Logger) (Report, error) {
 	if err := r.find(ctx); err != nil {
 		return Report{}, err
 	}
+	return r.finish(ctx)
+}
+
+// finish ends what has been found, and what that has made until it ended.
+func (r *reaper) finish(ctx context.Context) (Report, error) {
 	report := Report{Found: len(r.procs) > 0 || len(r.groups) > 0}
-	if left, err := r.end(ctx); err != nil {
-		return report, err
-	} else if len(left) > 0 {
-		return report, &LeftError{Left: left}
-	}
-	for _, g := range r.groups {
-		if err := g.Remove(context.WithoutCancel(ctx)); err != nil {
-			return report, &LeftError{Left: []string{err.Error()}}
+	for {
+		left, err := r.end(ctx)
+		if err != nil {
+			return report, err
 		}
+		if len(left) > 0 {
+			return report, &LeftError{Left: left}
+		}
+		for _, g := range r.groups {
+			if err := g.Remove(context.WithoutCancel(ctx)); err != nil {
+				return report, &LeftError{Left: []string{err.Error()}}
+			}
+		}
+		if r.recorded {
+			break
+		}
+		// A shim that had recorded nothing may have made the group, or more of it, after it was looked for. By now it is dead.
+		r.groups = nil
+		if err := r.findByName(ctx); err != nil {
+			return report, err
+		}
+		if len(r.groups) == 0 {
+			break
+		}
+		report.Found = true
 	}
 	if left := r.verify(); len(left) > 0 {
 		return report, &LeftError{Left: left}
@@ -169,6 +190,8 @@ type reaper struct {
 	procs  []*Process // the shim and the first processes of jails
 	shim   *Process   // those of procs that a handle or lock led to
 	init   *Process
+
+	recorded bool // the group is the one on record, and so whole
 }
 
 // add keeps a process, unless it is the caller itself or kept already.
@@ -193,14 +216,14 @@ func (r *reaper) find(ctx context.Context) error {
 		g, err := cgroup.Open(*r.t.Cgroup)
 		switch {
 		case err == nil:
-			r.groups = append(r.groups, g)
+			r.groups, r.recorded = append(r.groups, g), true
 		case errors.Is(err, cgroup.ErrGone), errors.Is(err, cgroup.ErrRecord):
 			r.log.DebugContext(ctx, "recorded control group cannot be used", "name", r.t.Name, "error", err)
 		default:
 			return err
 		}
 	}
-	if len(r.groups) == 0 {
+	if !r.recorded {
 		if err := r.findByName(ctx); err != nil {
 			return err
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -106,6 +107,35 @@ func TestReap(t *testing.T) {
 				t.Errorf("second reap: Found = %v, %v; want nothing found", r.Found, err)
 			}
 		})
+	}
+}
+
+// TestReapLateGroup: a shim that has recorded nothing may make its control group between the look for it and the kill.
+func TestReapLateGroup(t *testing.T) {
+	h, err := cgroup.Detect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.Kind() == cgroup.KindNone {
+		t.Skip("no cgroup is writable here: " + h.Describe())
+	}
+	z := startZoo(t, false)
+	target := z.target()
+	target.Init = nil
+	r := reaper{t: target, log: slog.New(slog.DiscardHandler)}
+	defer r.close()
+	if err := r.find(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if z.group, err = h.Create(t.Context(), z.name, cgroup.Limits{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.finish(t.Context()); err != nil {
+		t.Error(err)
+	}
+	none(t, z.Token)
+	if left := h.Find(t.Context(), z.name); len(left) > 0 {
+		t.Errorf("a group is left: %+v", left)
 	}
 }
 
