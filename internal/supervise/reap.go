@@ -95,6 +95,9 @@ func (r *reaper) finish(ctx context.Context) (Report, error) {
 			break
 		}
 		report.Found = true
+		if ctx.Err() != nil {
+			return report, &LeftError{Left: []string{"control groups that are made again and again: " + ctx.Err().Error()}}
+		}
 	}
 	if left := r.verify(); len(left) > 0 {
 		return report, &LeftError{Left: left}
