@@ -206,7 +206,7 @@ func FuzzServe(f *testing.F) {
 	f.Cleanup(func() { log.SetTarget(was.Emitter) })
 	f.Fuzz(func(t *testing.T, data []byte, host, readOnly, quota bool) {
 		if len(data) > 1<<16 || absurd(data) {
-			t.Skip()
+			t.Skip("longer than a message, or it asks for absurdly much")
 		}
 		o := Options{Host: host, ReadOnly: readOnly, IDOffset: uint32(os.Geteuid())}
 		y := newYard(t)

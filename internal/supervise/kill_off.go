@@ -13,6 +13,5 @@ func killShimOnly(r *reaper) error {
 		_ = r.shim.Signal(unix.SIGKILL)
 	}
 	r.procs, r.groups, r.t.ShimLock, r.t.InitLock = nil, nil, "", ""
-	r.recorded = true // nor is anything looked for again
 	return nil
 }

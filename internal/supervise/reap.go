@@ -67,36 +67,17 @@ func Reap(ctx context.Context, t Target, log *slog.Logger) (Report, error) {
 	return r.finish(ctx)
 }
 
-// finish ends what has been found, and what that has made until it ended.
+// finish ends what has been found, and what that made until it ended.
 func (r *reaper) finish(ctx context.Context) (Report, error) {
 	report := Report{Found: len(r.procs) > 0 || len(r.groups) > 0}
-	for {
-		left, err := r.end(ctx)
-		if err != nil {
-			return report, err
-		}
-		if len(left) > 0 {
-			return report, &LeftError{Left: left}
-		}
-		for _, g := range r.groups {
-			if err := g.Remove(context.WithoutCancel(ctx)); err != nil {
-				return report, &LeftError{Left: []string{err.Error()}}
-			}
-		}
-		if r.recorded {
-			break
-		}
-		// A shim that had recorded nothing may have made the group, or more of it, after it was looked for. By now it is dead.
-		r.groups = nil
-		if err := r.findByName(ctx); err != nil {
-			return report, err
-		}
-		if len(r.groups) == 0 {
-			break
-		}
-		report.Found = true
-		if ctx.Err() != nil {
-			return report, &LeftError{Left: []string{"control groups that are made again and again: " + ctx.Err().Error()}}
+	if left, err := r.end(ctx); err != nil {
+		return report, err
+	} else if len(left) > 0 {
+		return report, &LeftError{Left: left}
+	}
+	for _, g := range r.groups {
+		if err := g.Remove(context.WithoutCancel(ctx)); err != nil {
+			return report, &LeftError{Left: []string{err.Error()}}
 		}
 	}
 	if left := r.verify(); len(left) > 0 {
@@ -149,7 +130,9 @@ func (r *reaper) end(ctx context.Context) ([]string, error) {
 		cancel()
 		switch {
 		case len(left) == 0:
-			return nil, nil
+			if busy, err := r.lookAgain(ctx); err != nil || !busy {
+				return nil, err
+			}
 		case ctx.Err() != nil, errors.Is(kerr, os.ErrPermission), foreign && time.Since(began) > foreignBound:
 			if kerr != nil {
 				left = append(left, kerr.Error())
@@ -160,6 +143,26 @@ func (r *reaper) end(ctx context.Context) ([]string, error) {
 			return nil, err
 		}
 	}
+}
+
+// lookAgain finds the control groups anew once all processes have ended: a shim that had recorded nothing may have made them, or more of
+// them, after they were looked for. It tells whether something lives in one.
+func (r *reaper) lookAgain(ctx context.Context) (busy bool, err error) {
+	if r.recorded || len(r.procs) == 0 {
+		return false, nil
+	}
+	r.groups = nil
+	if err := r.findByName(ctx); err != nil {
+		return false, err
+	}
+	for _, g := range r.groups {
+		b, err := g.Populated()
+		if err != nil {
+			return false, err
+		}
+		busy = busy || b
+	}
+	return busy, nil
 }
 
 // verify looks once more, in ways that share nothing with the kill.
@@ -213,24 +216,9 @@ func (r *reaper) close() {
 	}
 }
 
-// find collects control groups and processes by record, then by derived name and by lock, before anything is signalled.
+// find collects processes by record and by lock, then control groups by record or by derived name, before anything is signalled. In this
+// order a group that is not found can only be made by a process that is.
 func (r *reaper) find(ctx context.Context) error {
-	if r.t.Cgroup != nil && r.t.Cgroup.Name() == r.t.Name {
-		g, err := cgroup.Open(*r.t.Cgroup)
-		switch {
-		case err == nil:
-			r.groups, r.recorded = append(r.groups, g), true
-		case errors.Is(err, cgroup.ErrGone), errors.Is(err, cgroup.ErrRecord):
-			r.log.DebugContext(ctx, "recorded control group cannot be used", "name", r.t.Name, "error", err)
-		default:
-			return err
-		}
-	}
-	if !r.recorded {
-		if err := r.findByName(ctx); err != nil {
-			return err
-		}
-	}
 	for _, k := range []struct {
 		h  *Handle
 		to **Process
@@ -253,7 +241,24 @@ func (r *reaper) find(ctx context.Context) error {
 			return err
 		}
 	}
-	return r.findHolders()
+	if err := r.findHolders(); err != nil {
+		return err
+	}
+	if r.t.Cgroup != nil && r.t.Cgroup.Name() == r.t.Name {
+		g, err := cgroup.Open(*r.t.Cgroup)
+		switch {
+		case err == nil:
+			r.groups, r.recorded = append(r.groups, g), true
+		case errors.Is(err, cgroup.ErrGone), errors.Is(err, cgroup.ErrRecord):
+			r.log.DebugContext(ctx, "recorded control group cannot be used", "name", r.t.Name, "error", err)
+		default:
+			return err
+		}
+	}
+	if r.recorded {
+		return nil
+	}
+	return r.findByName(ctx)
 }
 
 func (r *reaper) findByName(ctx context.Context) error {
